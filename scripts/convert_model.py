@@ -1,0 +1,100 @@
+"""Convert the merged model to a GGUF file with 16-bit weights, with llama.cpp's own converter.
+
+Input   a model folder; the folder that fetch_converter.py made
+Output  f16.gguf
+"""
+
+import argparse
+import json
+import logging
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from pockettune import program
+from pockettune.errors import UserError
+from pockettune.gguf_files import check_tensors
+from pockettune.models import read_header, weight_files
+
+# The pre-tokenizers that llama.cpp knows by name, by the pattern that tokenizer.json spells out.
+# The converter itself recognises published tokenizers by a checksum; one of your own, trained
+# with the same pattern, has another.
+PRE_TOKENIZERS = {
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+": "llama-bpe",
+}
+
+
+def convert_model(model: Path, converter: Path, name: str, output: Path) -> None:
+    """Write `model` as an F16 GGUF file and read it back."""
+    with program.staged(output) as partial:
+        run_converter(model, converter, name, partial)
+        names = [name for file in weight_files(model) for name in read_header(file)]
+        check_tensors(partial, expected=len(names))
+    program.logger.info("%s: %d tensors, %.1f MB", output, len(names), output.stat().st_size / 1e6)
+
+
+def run_converter(model: Path, converter: Path, name: str, output: Path) -> None:
+    """Run convert_hf_to_gguf.py in this process, teaching it tokenizers of one's own."""
+    sys.path[:0] = [str(converter), str(converter / "gguf-py")]
+    import conversion.base  # type: ignore[import-not-found]
+
+    text_model = conversion.base.TextModel
+    recognise = named_by_pattern(model, text_model.get_vocab_base_pre)
+    arguments = ["convert_hf_to_gguf.py", str(model), "--outtype", "f16",
+                 "--outfile", str(output), "--model-name", name]  # fmt: skip
+    with (
+        mock.patch.object(text_model, "get_vocab_base_pre", recognise),
+        mock.patch.object(sys, "argv", arguments),
+        mock.patch.object(logging, "basicConfig"),  # our handlers stay
+    ):
+        runpy.run_path(str(converter / "convert_hf_to_gguf.py"), run_name="__main__")
+
+
+def named_by_pattern(model: Path, by_checksum: Callable[..., str]) -> Callable[..., str]:
+    """Return `by_checksum`, falling back on the pattern in the model's tokenizer.json."""
+
+    def recognise(self: Any, tokenizer: Any) -> str:
+        try:
+            return by_checksum(self, tokenizer)
+        except NotImplementedError:
+            pattern = split_pattern(model / "tokenizer.json")
+            if pattern in PRE_TOKENIZERS:
+                return PRE_TOKENIZERS[pattern]
+            raise UserError(
+                f"model {model}: llama.cpp does not know its pre-tokenizer {pattern!r}; known are "
+                f"the published tokenizers and the patterns of {', '.join(PRE_TOKENIZERS.values())}"
+            ) from None
+
+    return recognise
+
+
+def split_pattern(tokenizer: Path) -> str | None:
+    """Return the regular expression by which tokenizer.json splits a text, if it has one."""
+    pre = json.loads(tokenizer.read_text(encoding="utf-8")).get("pre_tokenizer") or {}
+    for step in pre.get("pretokenizers", [pre]):
+        if step.get("type") == "Split":
+            return step["pattern"].get("Regex")
+    return None
+
+
+def main() -> None:
+    parser = program.argument_parser(__doc__)
+    parser.add_argument("--model", type=Path, required=True, help="merged model's folder")
+    parser.add_argument("--converter", type=Path, required=True, help="folder of the converter")
+    parser.add_argument("--name", required=True, help="general.name to write into the file")
+    parser.add_argument("--output", type=Path, required=True, help="GGUF file to write")
+
+    def work(a: argparse.Namespace) -> None:
+        convert_model(a.model, a.converter, a.name, a.output)
+
+    program.run(parser, work)
+
+
+if __name__ == "__main__":
+    main()

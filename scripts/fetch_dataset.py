@@ -1,0 +1,167 @@
+"""Fetch a labelled dataset and write it as train, validation and test records, with an audit.
+
+Input   a dataset on the hub, or local csv, tsv, jsonl or parquet files
+Output  {train,validation,test}.jsonl: id, the task's fields, and whether the text stands in train
+        audit.json: rows, labels, lengths, duplicates, test rows that stand in train, contradictions
+"""
+
+import argparse
+import json
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from pockettune import hub, program
+from pockettune.errors import UserError, list_faults
+from pockettune.records import read_table, write_records
+from pockettune.tasks import Record, Task, load_task
+
+SPLITS = ("train", "validation", "test")
+
+
+def fetch_dataset(
+    dataset: Mapping[str, Any], task_settings: Mapping[str, Any], downloads: Path, output: Path
+) -> None:
+    """Read the splits, check every row, mark what was seen in train, and write records and audit."""
+    task = load_task(task_settings, dataset)
+    columns = [dataset["text_column"], dataset["label_column"]]
+    if dataset["files"]:
+        tables = read_files(dataset["files"], dataset["split"], columns)
+    else:
+        tables = read_hub(dataset["name"], dataset["revision"], columns, downloads)
+    records = {split: read_rows(table, split, task) for split, table in tables.items()}
+    mark_seen(records, task)
+    audit = audit_splits(records, task)
+    for split, rows in records.items():
+        write_records(output / f"{split}.jsonl", rows)
+    program.write_json(output / "audit.json", audit)
+    for split, facts in audit["splits"].items():
+        seen = f", {facts['seen_in_train']} of them stand in train" if split != "train" else ""
+        program.logger.info("%s: %d rows%s", split, facts["rows"], seen)
+
+
+def read_files(
+    files: Mapping[str, str], split: Mapping[str, Any], columns: list[str]
+) -> dict[str, pd.DataFrame]:
+    """Read a file a split, or cut one file into three after shuffling its rows."""
+    if "all" not in files:
+        return {name: read_table(Path(files[name]), columns) for name in SPLITS}
+    table = read_table(Path(files["all"]), columns)
+    order = np.random.default_rng(split["seed"]).permutation(len(table))
+    cuts = np.cumsum([round(len(table) * split[name]) for name in ("test", "validation")])
+    test, validation, train = np.split(order, cuts)
+    if min(len(test), len(validation), len(train)) == 0:
+        raise UserError(
+            f"{files['all']}: {len(table)} rows are too few for the shares of dataset.split"
+        )
+    parts = {"train": train, "validation": validation, "test": test}
+    return {name: table.iloc[np.sort(rows)] for name, rows in parts.items()}
+
+
+def read_hub(
+    name: str, revision: str, columns: list[str], downloads: Path
+) -> dict[str, pd.DataFrame]:
+    """Download a dataset repository and read its splits through the datasets library."""
+    folder = downloads / f"{name.replace('/', '--')}@{revision}"
+    hub.download("dataset", name, revision, folder)
+    # Imported here because it takes seconds that a local file need not wait for.
+    from datasets import load_dataset
+
+    cache = folder.with_name(f"{folder.name}.arrow")
+    try:
+        loaded = load_dataset(str(folder), cache_dir=str(cache))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"dataset {name}: its files cannot be read: {reason}") from error
+    tables = {split: rows.to_pandas() for split, rows in loaded.items()}
+    shutil.rmtree(cache)
+    missing = [split for split in SPLITS if split not in tables]
+    if missing:
+        raise UserError(
+            f"dataset {name} has no split {', '.join(missing)}; it has {', '.join(tables)}:"
+            " download it and name the files in dataset.files"
+        )
+    for split in SPLITS:
+        absent = [column for column in columns if column not in tables[split].columns]
+        if absent:
+            raise UserError(
+                f"dataset {name}, {split}: no column {', '.join(absent)}; it has {', '.join(tables[split].columns)}"
+            )
+    return {split: tables[split] for split in SPLITS}
+
+
+def read_rows(table: pd.DataFrame, split: str, task: Task) -> list[Record]:
+    """Turn every row into a record with a stable id; all bad rows are named in one UserError."""
+    records, faults = [], []
+    for position, row in zip(table.index, table.to_dict("records"), strict=True):
+        number = int(position) + 1  # as a reader counts the rows below the header
+        try:
+            records.append({"id": f"{split}-{number}", **task.read(row)})
+        except ValueError as error:
+            faults.append(f"row {number}: {error}")
+    if faults:
+        raise UserError(f"dataset, {split}: {list_faults(faults)}")
+    return records
+
+
+def mark_seen(records: dict[str, list[Record]], task: Task) -> None:
+    """Add "seen" to the rows of validation and test: whether the same text stands in train."""
+    known = {record[task.text_field] for record in records["train"]}
+    for split in ("validation", "test"):
+        for record in records[split]:
+            record["seen"] = record[task.text_field] in known
+
+
+def audit_splits(records: dict[str, list[Record]], task: Task) -> dict[str, Any]:
+    """Describe each split, and what a score on it does not tell."""
+    answers = defaultdict(set)
+    for record in records["train"]:
+        answers[record[task.text_field]].add(task.answer(record))
+    splits = {}
+    for split, rows in records.items():
+        texts = [record[task.text_field] for record in rows]
+        lengths = np.array([len(text) for text in texts])
+        facts: dict[str, Any] = {
+            "rows": len(rows),
+            "answers": dict(sorted(Counter(map(task.answer, rows)).items())),
+            "characters": {
+                "mean": round(float(lengths.mean()), 1),
+                "median": int(np.median(lengths)),
+                "p95": int(np.percentile(lengths, 95)),
+                "max": int(lengths.max()),
+            },
+            "duplicates": len(texts) - len(set(texts)),
+        }
+        if split != "train":
+            facts["seen_in_train"] = sum(record["seen"] for record in rows)
+            facts["contradicts_train"] = sum(
+                record["seen"] and task.answer(record) not in answers[record[task.text_field]]
+                for record in rows
+            )
+        splits[split] = facts
+    contradictory = sum(len(found) > 1 for found in answers.values())
+    return {"splits": splits, "train_texts_with_several_answers": contradictory}
+
+
+def main() -> None:
+    parser = program.argument_parser(__doc__)
+    parser.add_argument("--settings", type=json.loads, required=True, help="sections dataset, task")
+    parser.add_argument("--downloads", type=Path, required=True, help="folder for what the hub sends")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write to")
+
+    def work(arguments: argparse.Namespace) -> None:
+        settings = arguments.settings
+        fetch_dataset(
+            settings["dataset"], settings["task"], arguments.downloads, arguments.output
+        )
+
+    program.run(parser, work)
+
+
+if __name__ == "__main__":
+    main()

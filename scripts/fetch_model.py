@@ -1,0 +1,76 @@
+"""Fetch the base model and check that it can be used.
+
+Input   a model on the hub, or a local folder
+Output  a folder with config.json, *.safetensors, the tokenizer's files and source.json, which says
+        where they came from
+"""
+
+import argparse
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pockettune import hub, program
+from pockettune.errors import UserError
+from pockettune.models import check_model_folder, weight_files
+
+
+def fetch_model(model: Mapping[str, Any], downloads: Path, output: Path) -> None:
+    """Copy or download the model's safe files to `output` and check them."""
+    if model["path"]:
+        source = Path(model["path"])
+        check_model_folder(source)
+    else:
+        source = downloads / f"{model['name'].replace('/', '--')}@{model['revision']}"
+        hub.download("model", model["name"], model["revision"], source)
+        check_model_folder(source)
+    with program.staged(output) as partial:
+        copy_safe_files(source, partial)
+        origin = model["path"] or f"{model['name']}@{model['revision']}"
+        checksums = {path.name: hub.sha256(path) for path in weight_files(partial)}
+        if not model["path"]:
+            check_weights(model, checksums)
+        program.write_json(
+            partial / "source.json", {"origin": str(origin), "sha256": checksums}
+        )
+    if not model["path"]:
+        shutil.rmtree(source)
+    program.logger.info("model of %s in %s", origin, output)
+
+
+def copy_safe_files(source: Path, target: Path) -> None:
+    """Copy the files at the top of a model folder that cannot run code."""
+    target.mkdir(parents=True)
+    for pattern in hub.SAFE_FILES:
+        for path in sorted(source.glob(pattern)):
+            if path.is_file():
+                shutil.copyfile(path, target / path.name)
+
+
+def check_weights(model: Mapping[str, Any], checksums: Mapping[str, str]) -> None:
+    """Raise UserError where the weights are not those that config.yaml names."""
+    expected = model["sha256"]
+    if expected and expected not in checksums.values():
+        found = ", ".join(f"{name} {digest}" for name, digest in checksums.items())
+        raise UserError(
+            f"model.sha256 is {expected}, but the hub sent {found}: these are not the pinned weights;"
+            " give the new model's checksum, or null to accept what the hub sends"
+        )
+
+
+def main() -> None:
+    parser = program.argument_parser(__doc__)
+    parser.add_argument("--settings", type=json.loads, required=True, help="section model")
+    parser.add_argument("--downloads", type=Path, required=True, help="folder for what the hub sends")
+    parser.add_argument("--output", type=Path, required=True, help="model folder to make")
+
+    def work(arguments: argparse.Namespace) -> None:
+        fetch_model(arguments.settings["model"], arguments.downloads, arguments.output)
+
+    program.run(parser, work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Add an adapter's weights to the 16-bit base model.
+
+The base is always the 16-bit original, also after QLoRA: merging Qwen2.5-0.5B onto the
+dequantized NF4 base raised its perplexity by a fifth (unsloth-zoo, pull request 810).
+
+Input   the base model; a PEFT adapter folder
+Output  a model folder: FP16 safetensors, the base's tokenizer files unchanged
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+
+from pockettune import program
+from pockettune.errors import UserError
+from pockettune.models import EMBEDDING, copy_tokenizer, load_model, read_header, weight_files
+
+FP16_MAX = torch.finfo(torch.float16).max
+
+
+def merge_adapter(base: Path, adapter: Path, output: Path) -> None:
+    """Merge in fp32, round once to fp16, and write the model folder."""
+    model = load_model(base, dtype=torch.float32)
+    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
+    check_range(merged)
+    merged.half()
+    with program.staged(output) as partial:
+        merged.save_pretrained(partial)
+        copy_tokenizer(base, partial)
+        check_shape(base, partial)
+    parameters = sum(p.numel() for p in merged.parameters())
+    program.logger.info("merged model of %s parameters in %s", f"{parameters:,}", output)
+
+
+def check_range(model: torch.nn.Module) -> None:
+    """Raise UserError where a weight is beyond what FP16 can hold."""
+    for name, weight in model.named_parameters():
+        if (peak := weight.abs().max().item()) > FP16_MAX:
+            raise UserError(
+                f"merged {name} reaches {peak:.3g}, FP16 ends at {FP16_MAX:.0f}: the training"
+                " diverged; lower train.learning_rate"
+            )
+
+
+def check_shape(base: Path, merged: Path) -> None:
+    """Raise UserError where merging untied or resized the embedding.
+
+    A tied model that is saved with a head of its own grows by the size of its embedding: 272 MB
+    of Qwen2.5-0.5B.
+    """
+    before, after = (
+        {name: entry["shape"] for file in weight_files(folder) for name, entry in read_header(file).items()}
+        for folder in (base, merged)
+    )  # fmt: skip
+    if before.get(EMBEDDING) != after.get(EMBEDDING):
+        raise UserError(
+            f"merging changed the embedding from {before.get(EMBEDDING)} to {after.get(EMBEDDING)}:"
+            " the adapter resized the vocabulary; train it without new tokens"
+        )
+    if added := sorted(after.keys() - before.keys()):
+        raise UserError(f"merging added {', '.join(added)}: the adapter untied the embedding")
+
+
+def main() -> None:
+    parser = program.argument_parser(__doc__)
+    parser.add_argument("--base", type=Path, required=True, help="base model's folder")
+    parser.add_argument("--adapter", type=Path, required=True, help="PEFT adapter folder")
+    parser.add_argument("--output", type=Path, required=True, help="model folder to make")
+
+    def work(arguments: argparse.Namespace) -> None:
+        merge_adapter(arguments.base, arguments.adapter, arguments.output)
+
+    program.run(parser, work)
+
+
+if __name__ == "__main__":
+    main()

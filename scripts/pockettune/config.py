@@ -1,0 +1,116 @@
+"""Checks config.yaml against its schema and says what is wrong in a user's words."""
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import ValidationError
+
+from pockettune.errors import UserError, list_faults
+
+Config = dict[str, Any]
+
+TYPE_NAMES = {
+    "string": "text",
+    "number": "a number",
+    "integer": "a whole number",
+    "boolean": "true or false",
+    "object": "a section",
+    "array": "a list",
+    "null": "null",
+}
+
+
+def check_config(config: Config, schema: dict[str, Any]) -> None:
+    """Raise UserError naming every fault of `config`; first mend what YAML and merging leave.
+
+    Keys of `task.labels` become text (YAML reads an unquoted 0 as a number), and entries of
+    `quantize` and `task.labels` that a run file sets to null are dropped.
+    """
+    _normalise(config)
+    errors = sorted(Draft202012Validator(schema).iter_errors(config), key=lambda e: list(e.path))
+    faults = [fault for error in errors for fault in _describe(error)]
+    if not faults:
+        faults = list(_contradictions(config))
+    if faults:
+        raise UserError(f"config: {list_faults(faults)}")
+
+
+def check_files(paths: dict[str, str]) -> None:
+    """Raise UserError naming every key of `paths` whose file or folder is missing."""
+    missing = [f"{key} {path}" for key, path in paths.items() if not Path(path).exists()]
+    if missing:
+        raise UserError(
+            f"config: no such file: {list_faults(missing)}; paths count from the folder of the Snakefile"
+        )
+
+
+def _normalise(config: Config) -> None:
+    quantize, task = config.get("quantize"), config.get("task")
+    if isinstance(quantize, dict):
+        config["quantize"] = {
+            str(key): value for key, value in quantize.items() if value is not None
+        }
+    if isinstance(task, dict) and isinstance(task.get("labels"), dict):
+        labels = task["labels"].items()
+        task["labels"] = {str(key): value for key, value in labels if value is not None}
+
+
+def _describe(error: ValidationError) -> Iterator[str]:
+    where = ".".join(str(part) for part in error.path)
+    if error.validator == "additionalProperties" and isinstance(error.instance, dict):
+        known = list(error.schema.get("properties", {}))
+        for key in error.instance:
+            if key not in known:
+                yield f"unknown key {_join(where, str(key))}; {_nearest(str(key), known)}"
+    elif error.validator == "required":
+        for key in error.validator_value:
+            if key not in error.instance:
+                yield f"{_join(where, key)} is missing"
+    elif error.validator == "type":
+        yield f"{where} is {error.instance!r}, not {_type_names(error)}{_float_hint(error)}"
+    elif error.validator == "enum":
+        known = [str(value) for value in error.validator_value]
+        yield f"{where} is {error.instance!r}; {_nearest(str(error.instance), known)}"
+    elif error.validator == "oneOf":
+        yield f"{where} needs train, validation and test, or all alone"
+    elif where == "task.prompt":
+        yield f"{where} does not hold {{text}}, the place of the record's text"
+    elif error.validator in ("not", "pattern") and error.parent is None and where == "quantize":
+        yield f"quantize: the name {error.instance!r} is not lower-case letters, digits and _, or is a stage's"
+    else:
+        yield f"{where} is {error.instance!r}: {error.message}"
+
+
+def _contradictions(config: Config) -> Iterator[str]:
+    """Yield what the schema cannot say."""
+    words = list(config["task"]["labels"].values())
+    if len(set(words)) < len(words):
+        yield f"task.labels answers the same word for two values: {', '.join(words)}"
+
+
+def _join(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key
+
+
+def _nearest(value: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(value.lower(), [k.lower() for k in known], n=1, cutoff=0.5)
+    hint = [k for k in known if close and k.lower() == close[0]]
+    listed = f"known: {', '.join(known)}"
+    return f"did you mean {hint[0]}? ({listed})" if hint else listed
+
+
+def _type_names(error: ValidationError) -> str:
+    types = error.validator_value
+    names = [types] if isinstance(types, str) else types
+    return " or ".join(TYPE_NAMES[name] for name in names)
+
+
+def _float_hint(error: ValidationError) -> str:
+    """YAML 1.1 reads 2e-4 as text: show the spelling that it reads as a number."""
+    try:
+        return f"; write {float(error.instance):.1e}" if isinstance(error.instance, str) else ""
+    except ValueError:
+        return ""

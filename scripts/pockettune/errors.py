@@ -1,0 +1,16 @@
+"""The one exception that stands for a user's mistake."""
+
+
+class UserError(Exception):
+    """A mistake in a config value, a file or a folder, told in one line.
+
+    The text says what is wrong, the value, the limit, and what to do. Programs print it after
+    `error: ` and exit with status 2; any other exception is a bug and keeps its traceback.
+    """
+
+
+def list_faults(faults: list[str], limit: int = 5) -> str:
+    """Join faults of one kind into one line, so that all of them are mended at once."""
+    shown = "; ".join(faults[:limit])
+    more = len(faults) - limit
+    return f"{shown}; and {more} more" if more > 0 else shown

@@ -1,0 +1,97 @@
+"""Downloads a model or dataset repository from Hugging Face, a mirror of it, or ModelScope.
+
+Where from is read from the environment, not from a rule's parameters, because it does not decide
+what comes: POCKETTUNE_HUB (huggingface, modelscope) and POCKETTUNE_HUB_ENDPOINT, which
+rules/common.smk sets from config.yaml's `hub:`.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Literal
+
+from pockettune.errors import UserError
+from pockettune.program import logger
+
+Kind = Literal["model", "dataset"]
+
+# Text, tables and safetensors. Pickles (*.bin, *.pt) and Python files can run code: never fetched.
+SAFE_FILES = ["*.json", "*.jsonl", "*.txt", "*.jinja", "*.model", "*.safetensors", "*.csv", "*.tsv",
+              "*.parquet", "*.arrow", "*.md", "LICENSE*"]  # fmt: skip
+
+
+def download(kind: Kind, name: str, revision: str, folder: Path) -> None:
+    """Download the safe files of a repository into `folder`, going on where a killed run stopped.
+
+    Raises UserError with the three ways on when the hub cannot be reached or does not have it.
+    """
+    source = os.environ.get("POCKETTUNE_HUB", "huggingface")
+    endpoint = os.environ.get("POCKETTUNE_HUB_ENDPOINT") or None
+    fetch = {"huggingface": _from_huggingface, "modelscope": _from_modelscope}[source]
+    logger.info("fetching %s %s at %s from %s", kind, name, revision, endpoint or source)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        fetch(kind, name, revision, folder, endpoint)
+    except UserError:
+        raise
+    except Exception as error:
+        local = "model.path" if kind == "model" else "dataset.files"
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"{kind} {name} at {revision} could not be fetched from {endpoint or source}: {reason}. "
+            "Ways on: hub.endpoint, a mirror; hub.source: modelscope, another hub; "
+            f"{local}, files you already have"
+        ) from error
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _from_huggingface(
+    kind: Kind, name: str, revision: str, folder: Path, endpoint: str | None
+) -> None:
+    if endpoint:
+        # Xet transfers go to Hugging Face's own servers whatever the endpoint
+        # (huggingface_hub issue 4475), which is what a mirror is there to avoid.
+        os.environ["HF_HUB_DISABLE_XET"] = "1"
+    # Imported here because huggingface_hub reads the variable above at import.
+    from huggingface_hub import HfApi
+
+    api = HfApi(endpoint=endpoint)
+    info = api.repo_info(name, repo_type=kind, revision=revision, files_metadata=True)
+    api.snapshot_download(
+        name, repo_type=kind, revision=info.sha, local_dir=folder, allow_patterns=SAFE_FILES
+    )
+    for file in info.siblings or []:
+        path = folder / file.rfilename
+        if file.lfs is None or not path.exists():
+            continue
+        if (actual := sha256(path)) != file.lfs.sha256:
+            path.unlink()
+            raise UserError(
+                f"{kind} {name}: {file.rfilename} was damaged on the way: SHA-256 {actual[:12]}…, "
+                f"the hub says {file.lfs.sha256[:12]}…; the file is removed, run again to fetch it anew"
+            )
+
+
+def _from_modelscope(
+    kind: Kind, name: str, revision: str, folder: Path, endpoint: str | None
+) -> None:
+    # Imported here because it takes seconds and few need it.
+    from modelscope.hub.snapshot_download import snapshot_download
+
+    # ModelScope has its own history: a commit of Hugging Face names nothing there.
+    known = None if len(revision) == 40 else revision
+    if known is None:
+        logger.info("ModelScope does not know the commit %s: taking its default branch", revision)
+    snapshot_download(
+        name,
+        repo_type=kind,
+        revision=known,
+        local_dir=str(folder),
+        allow_patterns=SAFE_FILES,
+        endpoint=endpoint,
+    )

@@ -1,0 +1,153 @@
+"""Checks a model folder before hours are spent on it, and loads it."""
+
+import json
+import shutil
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pockettune.errors import UserError, list_faults
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+EMBEDDING = "model.embed_tokens.weight"
+
+# What a tokenizer may consist of; carried unchanged from the base to the merged model.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt",
+                   "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
+                   "chat_template.jinja", "generation_config.json")  # fmt: skip
+
+
+def check_model_folder(folder: Path) -> None:
+    """Raise UserError naming all that keeps a folder from being a usable base model.
+
+    Looks at config.json, at each safetensors file's header and length (format:
+    https://github.com/huggingface/safetensors, README at v0.8.0) and at whether the tokenizer
+    fits the embedding. Reads no weights, so it takes no time.
+    """
+    faults = list(_missing_files(folder))
+    if not faults:
+        faults = _config_faults(folder) + _weight_faults(folder)
+    if not faults:
+        faults = _tokenizer_faults(folder)
+    if faults:
+        raise UserError(f"model {folder}: {list_faults(faults)}")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the folder's safetensors files in a fixed order."""
+    return sorted(folder.glob("*.safetensors"))
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """Return a safetensors file's header: name -> {"dtype", "shape", "data_offsets"}.
+
+    Raises ValueError where the file is not safetensors or its end is missing.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)  # little-endian length of the JSON header that follows
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 0 < length <= size - 8:
+            raise ValueError("is not a safetensors file")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise ValueError("is not a safetensors file") from error
+    header.pop("__metadata__", None)
+    expected = 8 + length + max(entry["data_offsets"][1] for entry in header.values())
+    if size != expected:
+        raise ValueError(f"is truncated: {size:,} of {expected:,} bytes; fetch or copy it again")
+    return header
+
+
+def _missing_files(folder: Path) -> list[str]:
+    missing = [
+        f"{name} is missing"
+        for name in ("config.json", "tokenizer.json", "tokenizer_config.json")
+        if not (folder / name).is_file()
+    ]
+    if not weight_files(folder):
+        pickles = [path.name for path in [*folder.glob("*.bin"), *folder.glob("*.pt")]]
+        why = f" ({', '.join(pickles)} is refused: loading it can run code)" if pickles else ""
+        missing.append(f"no *.safetensors weights{why}")
+    return missing
+
+
+def _config_faults(folder: Path) -> list[str]:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        return [f"config.json is not JSON: {error}"]
+    if "auto_map" in config:
+        return ["config.json asks to run the folder's own code (auto_map), which is refused"]
+    return []
+
+
+def _weight_faults(folder: Path) -> list[str]:
+    faults = []
+    for path in weight_files(folder):
+        try:
+            read_header(path)
+        except ValueError as error:
+            faults.append(f"{path.name} {error}")
+    return faults
+
+
+def _tokenizer_faults(folder: Path) -> list[str]:
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:
+        return [f"tokenizer.json cannot be read: {error}"]
+    headers = [read_header(path) for path in weight_files(folder)]
+    rows = [header[EMBEDDING]["shape"][0] for header in headers if EMBEDDING in header]
+    if not rows:
+        return [f"the weights hold no {EMBEDDING}: not an architecture that this workflow knows"]
+    highest = max(tokenizer.get_vocab(with_added_tokens=True).values())
+    if highest >= rows[0]:
+        return [
+            f"the tokenizer does not fit: its ids go up to {highest}, the embedding has {rows[0]} rows;"
+            " take tokenizer and weights from the same model"
+        ]
+    return []
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the tokenizer's files byte for byte.
+
+    Saving it through transformers would rewrite them, and llama.cpp's converter recognises a
+    tokenizer by what the original files make of a test text.
+    """
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
+    """Load a model folder's tokenizer; UserError where it has no chat template or end of turn."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if tokenizer.chat_template is None:
+        raise UserError(f"model {folder}: no chat template; take the Instruct version of the model")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"model {folder}: the tokenizer names no eos_token, so answers never end")
+    return tokenizer
+
+
+def load_model(folder: Path, **options: Any) -> "PreTrainedModel":
+    """Load a causal language model from a local folder; options are from_pretrained's."""
+    from transformers import AutoModelForCausalLM, logging
+
+    logging.disable_progress_bar()
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        trust_remote_code=False,
+        use_safetensors=True,
+        local_files_only=True,
+        attn_implementation="sdpa",
+        **options,
+    )

@@ -1,0 +1,138 @@
+"""How every program starts, logs, shows progress, writes its output and fails."""
+
+import argparse
+import contextlib
+import errno
+import json
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+from pockettune.errors import UserError
+
+Item = TypeVar("Item")
+
+logger = logging.getLogger("pockettune")
+
+
+def argument_parser(docstring: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the program's docstring as help and the option --log."""
+    parser = argparse.ArgumentParser(
+        description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--log", type=Path, help="write the log to this file")
+    return parser
+
+
+def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], None]) -> None:
+    """Parse the command line, do the work, and turn a user's mistake into one line and exit 2."""
+    arguments = parser.parse_args()
+    start_logging(arguments.log)
+    try:
+        work(arguments)
+    except UserError as error:
+        fail(str(error))
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            logger.exception("unexpected error")
+            raise SystemExit(1) from error
+        fail(f"disk full while writing {error.filename or 'output'}: make room and run again")
+    except Exception as error:
+        logger.exception("unexpected error")
+        raise SystemExit(1) from error
+
+
+def fail(message: str) -> None:
+    """Log `error: message` and exit with status 2."""
+    logger.error("error: %s", message)
+    raise SystemExit(2)
+
+
+def start_logging(log: Path | None) -> None:
+    """Send the programs' own messages to the terminal, and everything to the log file."""
+    logger.setLevel(logging.INFO)
+    terminal = logging.StreamHandler()
+    terminal.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(terminal)
+    if log is None:
+        return
+    log.parent.mkdir(parents=True, exist_ok=True)
+    file = logging.FileHandler(log, mode="w", encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    root = logging.getLogger()
+    root.setLevel(logging.INFO)
+    root.addHandler(file)
+
+
+class _LogStream:
+    """Lets tqdm write to the log: one line an update instead of a line drawn over itself."""
+
+    def write(self, text: str) -> None:
+        if line := text.strip():
+            logger.info(line)
+
+    def flush(self) -> None:
+        pass
+
+
+def progress(
+    items: Iterable[Item] | None, *, description: str, unit: str, total: int | None = None
+) -> "tqdm[Item]":
+    """Iterate with rate and remaining time: a bar on a terminal, else a line every 15 seconds."""
+    if sys.stderr.isatty():
+        return tqdm(items, desc=description, unit=f" {unit}", total=total, dynamic_ncols=True)
+    return tqdm(
+        items,
+        desc=description,
+        unit=f" {unit}",
+        total=total,
+        file=_LogStream(),
+        mininterval=15,
+        maxinterval=60,
+        bar_format="{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {elapsed} passed, {remaining} left",
+    )
+
+
+@contextlib.contextmanager
+def staged(output: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `output` and move it there when the block succeeds.
+
+    So a killed or failed program leaves nothing under the declared name. What an earlier,
+    killed run left under the temporary name is removed first.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f".{output.name}.partial")
+    remove(partial)
+    try:
+        yield partial
+        remove(output)
+        os.replace(partial, output)
+    finally:
+        remove(partial)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` as readable JSON, complete or not at all."""
+    with staged(path) as partial:
+        partial.write_text(
+            json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
+        )
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file that a program of this project wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,79 @@
+"""Render every record as a prompt of the base model and turn it into token ids.
+
+Input   {train,validation,test}.jsonl, the base model's tokenizer and chat template
+Output  a folder with {train,validation,test}.parquet (see pockettune.prompts.Example),
+        answers.json (the allowed answers and their token ids) and statistics.json
+"""
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pockettune import program
+from pockettune.models import load_tokenizer
+from pockettune.prompts import Example, ExampleMaker, write_examples
+from pockettune.records import read_records
+from pockettune.tasks import load_task
+
+
+def tokenize_dataset(
+    settings: Mapping[str, Any], model: Path, dataset: Mapping[str, Path], output: Path
+) -> None:
+    """Write the tokens of every split to the folder `output`."""
+    task = load_task(settings["task"], settings["dataset"])
+    maker = ExampleMaker(load_tokenizer(model), task, settings["tokenize"]["max_length"])
+    statistics = {}
+    with program.staged(output) as partial:
+        partial.mkdir()
+        for split, path in dataset.items():
+            records = read_records(path)
+            rows = program.progress(records, description=split, unit="rows")
+            examples = [maker.make(record) for record in rows]
+            write_examples(partial / f"{split}.parquet", examples)
+            statistics[split] = describe(examples)
+            program.logger.info("%s: %s", split, statistics[split])
+        answers = {"words": list(maker.answer_ids), "ids": list(maker.answer_ids.values())}
+        program.write_json(partial / "answers.json", answers)
+        program.write_json(partial / "statistics.json", statistics)
+
+
+def describe(examples: list[Example]) -> dict[str, Any]:
+    """Return how long the prompts are, in tokens, and how many texts were changed."""
+    lengths = np.array([len(example.prompt_ids) for example in examples])
+    return {
+        "rows": len(examples),
+        "tokens": int(lengths.sum() + sum(len(example.answer_ids) for example in examples)),
+        "prompt_tokens": {
+            "mean": round(float(lengths.mean()), 1),
+            "median": int(np.median(lengths)),
+            "p95": int(np.percentile(lengths, 95)),
+            "max": int(lengths.max()),
+        },
+        "texts_cut": sum(example.cut for example in examples),
+        "texts_defused": sum(example.defused for example in examples),
+    }
+
+
+def main() -> None:
+    parser = program.argument_parser(__doc__)
+    parser.add_argument(
+        "--settings", type=json.loads, required=True, help="sections task, tokenize, dataset"
+    )
+    parser.add_argument("--model", type=Path, required=True, help="base model's folder")
+    for split in ("train", "validation", "test"):
+        parser.add_argument(f"--{split}", type=Path, required=True, help=f"{split}.jsonl")
+    parser.add_argument("--output", type=Path, required=True, help="folder to make")
+
+    def work(arguments: argparse.Namespace) -> None:
+        dataset = {name: getattr(arguments, name) for name in ("train", "validation", "test")}
+        tokenize_dataset(arguments.settings, arguments.model, dataset, arguments.output)
+
+    program.run(parser, work)
+
+
+if __name__ == "__main__":
+    main()
