@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pockettune import metrics, program
+from pockettune.gguf_files import describe_tensors
 from pockettune.llama import LlamaModel
 from pockettune.prompts import read_examples, take_evenly
 from pockettune.scoring import score_answers
@@ -39,6 +40,7 @@ def evaluate_gguf(
         **metrics.score_predictions(task, predictions),
         "split": split,
         "size_bytes": gguf.stat().st_size,
+        "stored": describe_tensors(gguf),
         "seconds": round(time.perf_counter() - started, 2),
         "prompts_tokenized_otherwise": differing,
         "provenance": metrics.provenance("llama-cpp-python"),

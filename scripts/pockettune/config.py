@@ -47,6 +47,17 @@ def check_files(paths: dict[str, str]) -> None:
         )
 
 
+def drop_idle(config: Config) -> None:
+    """Set to null what another key makes idle, so that changing it is no reason to rerun."""
+    model, dataset = config["model"], config["dataset"]
+    if model["path"]:
+        model.update(name=None, revision=None, sha256=None)
+    if dataset["files"]:
+        dataset.update(name=None, revision=None)
+    if not dataset["files"] or "all" not in dataset["files"]:
+        dataset["split"] = None
+
+
 def _normalise(config: Config) -> None:
     quantize, task = config.get("quantize"), config.get("task")
     if isinstance(quantize, dict):

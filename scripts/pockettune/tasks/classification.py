@@ -4,8 +4,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
-
 
 class Classification:
     """The model answers with one of the labels of config.yaml's `task.labels`."""
@@ -52,6 +50,13 @@ class Classification:
         order of `labels`. Macro F1 is the mean over the labels that occur in `references` or
         `predictions`, as scikit-learn counts it.
         """
+        # Imported here because it takes seconds, and only the evaluation scores.
+        from sklearn.metrics import (
+            accuracy_score,
+            confusion_matrix,
+            precision_recall_fscore_support,
+        )
+
         labels = self.constrain()
         present = [name for name in labels if name in {*references, *predictions}]
         precision, recall, f1, support = precision_recall_fscore_support(

@@ -1,0 +1,124 @@
+# Helpers for the rules, and nothing else. The only place that reads `config`.
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import yaml
+
+sys.path.insert(0, f"{workflow.basedir}/scripts")
+
+from pockettune.config import check_config, check_files, drop_idle
+from pockettune.errors import UserError
+from pockettune.imports import imported_files
+
+LLAMA_CPP_PYTHON = "0.3.36"  # as in requirements.txt: the converter is of the same commit
+
+# The interpreter that runs Snakemake comes first, so that a virtual environment need not be
+# activated; a rule's conda environment still comes before it.
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+
+def user_files():
+    """Return the config's keys that name local files, without those that a rule makes."""
+    files = {f"dataset.files.{k}": v for k, v in (config["dataset"]["files"] or {}).items()}
+    files |= {"model.path": config["model"]["path"]} if config["model"]["path"] else {}
+    return {key: path for key, path in files.items() if not path.startswith("resources/")}
+
+
+try:
+    check_config(
+        config, yaml.safe_load(Path(workflow.basedir, "schemas/config.schema.yaml").read_text())
+    )
+    check_files(user_files())
+except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+drop_idle(config)
+VARIANTS = sorted(config["quantize"])
+STAGES = ["base", "merged", "f16", *VARIANTS]
+
+# Where to fetch from goes through the environment: as a parameter it would be a reason to rerun.
+os.environ["POCKETTUNE_HUB"] = config["hub"]["source"]
+os.environ["POCKETTUNE_HUB_ENDPOINT"] = config["hub"]["endpoint"] or ""
+
+
+def settings(*sections):
+    """Return sections of the config as one canonical JSON string, for a rule's params.
+
+    One string, because Snakemake compares params without their names: of two that swap their
+    values nothing would rerun. Canonical, so that reordering config.yaml reruns nothing. Behind
+    a function, because Snakemake would read the braces of a plain string as wildcards.
+    """
+    chosen = {section: config[section] for section in sections}
+    text = json.dumps(chosen, sort_keys=True, ensure_ascii=False)
+    return lambda wildcards: text
+
+
+def dataset_settings(wildcards):
+    """Return what decides the records: the dataset and the labels, but not the prompt."""
+    task = {key: config["task"][key] for key in ("type", "labels")}
+    chosen = {"dataset": config["dataset"], "task": {**task, "system": "", "prompt": "{text}"}}
+    return json.dumps(chosen, sort_keys=True, ensure_ascii=False)
+
+
+def report_settings(wildcards):
+    """Return all that decided a result; where the files were fetched from did not."""
+    chosen = {key: value for key, value in config.items() if key not in ("hub", "pathvars")}
+    return json.dumps(chosen, sort_keys=True, ensure_ascii=False)
+
+
+def variant_settings(wildcards):
+    """Return one variant's recipe as canonical JSON."""
+    return json.dumps(config["quantize"][wildcards.variant], sort_keys=True)
+
+
+def modules(program):
+    """Return the project's own modules that a program imports, so that their edits rerun it."""
+    return imported_files(Path(program), root=Path("scripts"))
+
+
+def model_label():
+    """Return a short name of the base model."""
+    return Path(config["model"]["path"] or config["model"]["name"]).name
+
+
+def base_model():
+    """Return the folder of the base model, which holds its revision or a digest of its path."""
+    path = config["model"]["path"]
+    version = hashlib.sha256(path.encode()).hexdigest() if path else config["model"]["revision"]
+    return f"resources/models/{model_label()}@{version[:12]}"
+
+
+def model_files():
+    """Return the files of a local base model whose content decides whether it is copied again."""
+    if not config["model"]["path"]:
+        return []
+    folder = Path(config["model"]["path"])
+    names = ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+    weights = sorted(folder.glob("*.safetensors")) or [folder / "model.safetensors"]
+    # A folder that a rule will make has no template of its own: it is in tokenizer_config.json.
+    known = [folder / n for n in names if n != "chat_template.jinja" or (folder / n).exists()]
+    return [str(path) for path in [*known, *weights]]
+
+
+def dataset_files():
+    """Return the local files of the dataset."""
+    return sorted((config["dataset"]["files"] or {}).values())
+
+
+# The jobs whose time and memory the report shows.
+JOBS = [
+    "fetch_dataset",
+    "tokenize",
+    "train",
+    "merge",
+    "convert",
+    *[f"quantize_{variant}" for variant in VARIANTS],
+    *[f"evaluate_{stage}" for stage in STAGES],
+]
+BASE_MODEL = base_model()
+CONVERTER = f"resources/llama.cpp-{LLAMA_CPP_PYTHON}"

@@ -1,0 +1,47 @@
+# What runs/demo.yaml is fed with: generated reviews, and a small base model trained on the spot.
+
+
+rule make_demo_data:
+    input:
+        program="scripts/make_demo_data.py",
+        modules=modules("scripts/make_demo_data.py"),
+    output:
+        train="resources/demo/train.csv",
+        validation="resources/demo/validation.csv",
+        test="resources/demo/test.csv",
+        corpus="resources/demo/corpus.txt",
+    log:
+        "<results>/logs/make_demo_data.log",
+    benchmark:
+        "<results>/benchmarks/make_demo_data.tsv"
+    conda:
+        "../envs/data.yaml"
+    shell:
+        "python {input.program:q}"
+        ' --output "$(dirname {output.corpus:q})"'
+        " --log {log:q}"
+
+
+rule make_demo_base:
+    input:
+        program="scripts/make_demo_base.py",
+        modules=modules("scripts/make_demo_base.py"),
+        corpus="resources/demo/corpus.txt",
+    output:
+        config="resources/demo/base/config.json",
+        weights="resources/demo/base/model.safetensors",
+        tokenizer="resources/demo/base/tokenizer.json",
+        tokenizer_config="resources/demo/base/tokenizer_config.json",
+    log:
+        "<results>/logs/make_demo_base.log",
+    benchmark:
+        "<results>/benchmarks/make_demo_base.tsv"
+    conda:
+        "../envs/train.yaml"
+    threads: 4
+    shell:
+        "python {input.program:q}"
+        " --corpus {input.corpus:q}"
+        " --threads {threads}"
+        ' --output "$(dirname {output.config:q})"'
+        " --log {log:q}"
