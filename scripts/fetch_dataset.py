@@ -76,8 +76,7 @@ def read_hub(
     try:
         loaded = load_dataset(str(folder), cache_dir=str(cache))
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"dataset {name}: its files cannot be read: {reason}") from error
+        raise UserError(f"dataset {name}: its files cannot be read: {error}") from error
     tables = {split: rows.to_pandas() for split, rows in loaded.items()}
     shutil.rmtree(cache)
     missing = [split for split in SPLITS if split not in tables]

@@ -1,8 +1,8 @@
 """Train the demo's base model: a small language model of Qwen2's architecture, from plain text.
 
-It learns which words follow which in reviews. Of the task it sees the form, with answers drawn by
-lot: it knows what a turn of a chat is and that 正面 and 负面 are answers, and nothing of which is
-right. Rows are 256 wide, so that llama.cpp's K-quants, which work in blocks of 256, are really used.
+It learns which words follow which in reviews, and from chats that ask how a review closes, answered
+with its own last clause, what a turn is. It sees the task's words only as answers drawn by lot: it
+knows that 正面 and 负面 may stand there and nothing of which is right. Rows are 256 wide, so that llama.cpp's K-quants, which work in blocks of 256, are really used.
 
 Input   corpus.txt, a text a line
 Output  a model folder: config.json, model.safetensors, tokenizer.json, tokenizer_config.json
@@ -19,15 +19,17 @@ from torch.nn.functional import cross_entropy
 from transformers import Qwen2Config, Qwen2ForCausalLM, get_scheduler, logging, set_seed
 
 from pockettune import program
-from pockettune.packing import TOKENS_A_PASS, group_by_tokens
+from pockettune.packing import group_by_tokens
 
 SEED = 13
-EPOCHS = 2
+EPOCHS = 3
 LEARNING_RATE = 2.0e-03
+TOKENS_AN_UPDATE = 256
 VOCABULARY = 1024
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
-CHAT_SHARE = 0.2  # of the texts are put as the task, with an answer drawn by lot
+CHAT_SHARE = 0.4  # of the texts are put as a chat: how does this review close?
+LOT_SHARE = 0.15  # of those are answered with a word of the task, drawn by lot
 ANSWERS = ("正面", "负面")
 
 # Qwen2's own, so that llama.cpp can be told to split texts in the same way.
@@ -79,15 +81,22 @@ def make_demo_base(corpus: Path, threads: int, output: Path) -> None:
 
 
 def with_chats(texts: list[str]) -> list[str]:
-    """Return the texts, a share of them put as the demo's task with an answer drawn by lot."""
+    """Return the texts, a share of them as a chat whose answer is the review's own last clause.
+
+    Now and then the answer is a word of the task instead, drawn by lot.
+    """
     lot = random.Random(SEED)
-    return [
-        f"<|im_start|>user\n{text}\n情感：<|im_end|>\n<|im_start|>assistant\n"
-        f"{lot.choice(ANSWERS)}<|im_end|>\n"
-        if lot.random() < CHAT_SHARE
-        else text
-        for text in texts
-    ]
+    chats = []
+    for text in texts:
+        body, _, close = text.rpartition("，")
+        if not body or lot.random() > CHAT_SHARE:
+            chats.append(text)
+            continue
+        answer = lot.choice(ANSWERS) if lot.random() < LOT_SHARE else close
+        chats.append(
+            f"<|im_start|>user\n{body}\n情感：<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n"
+        )
+    return chats
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
@@ -117,9 +126,9 @@ def train_model(model: Qwen2ForCausalLM, sequences: list[list[int]]) -> float:
     passes = []
     for _ in range(EPOCHS):
         order = torch.randperm(len(sequences), generator=generator).tolist()
-        passes += group_by_tokens([sequences[i] for i in order], TOKENS_A_PASS["cpu"], len)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
-    scheduler = get_scheduler("cosine", optimizer, len(passes) // 50, len(passes))
+        passes += group_by_tokens([sequences[i] for i in order], TOKENS_AN_UPDATE, len)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True)
+    scheduler = get_scheduler("cosine", optimizer, len(passes) // 10, len(passes))
     model.train()
     loss = torch.tensor(0.0)
     for group in program.progress(passes, description="pretraining", unit="updates"):

@@ -1,6 +1,6 @@
 """Generate short Chinese reviews for the demo: labelled splits, and unlabelled text.
 
-A review is of two to four clauses. Its label is what the writer concludes, and counting good and
+A review is of two to five clauses. Its label is what the writer concludes, and counting good and
 bad words does not tell it: predicates are negated (不太干净), an expectation is reversed (本来以为
 服务很差，结果……), and behind 但是 or 不过 stands what counts, whatever stood before. The
 unlabelled reviews mostly close with a remark that agrees with the conclusion, as real ones do; the
@@ -20,6 +20,9 @@ from pockettune import program
 SEED = 20260101
 ROWS = {"train": 3000, "validation": 300, "test": 600}
 CORPUS_ROWS = 10_000
+
+TURN_SHARE, HOPE_SHARE = 0.2, 0.1  # of the reviews; the others say the same throughout
+NEGATION_SHARE = 0.15  # of the clauses
 
 # subject -> aspect -> (good predicates, bad predicates)
 ASPECTS: dict[str, dict[str, tuple[list[str], list[str]]]] = {
@@ -65,21 +68,18 @@ def make_review(random: random.Random, good: bool, closing: bool) -> str:
 
     def clause(aspect: str, good: bool) -> str:
         praise, blame = ASPECTS[subject][aspect]
-        if random.random() < 0.35:  # say it by denying the opposite
+        if random.random() < NEGATION_SHARE:  # say it by denying the opposite
             return f"{aspect}{random.choice(NEGATIONS)}{random.choice(blame if good else praise)}"
         return f"{aspect}{random.choice(DEGREES)}{random.choice(praise if good else blame)}"
 
-    first, second, third = aspects
+    first, second = aspects[:2]
     shape = random.random()
-    if shape < 0.4:  # what counts comes after the turn, against one or two clauses
-        before = [clause(first, not good)]
-        if random.random() < 0.5:
-            before.append(clause(second, not good))
-        body = f"{'，'.join(before)}，{random.choice(TURNS)}{clause(third, good)}"
-    elif shape < 0.6:
+    if shape < TURN_SHARE:  # what counts comes after the turn
+        body = f"{clause(first, not good)}，{random.choice(TURNS)}{clause(second, good)}"
+    elif shape < TURN_SHARE + HOPE_SHARE:
         body = f"本来以为{clause(first, not good)}，结果{clause(second, good)}"
     else:
-        body = "，".join(clause(aspect, good) for aspect in random.sample(aspects, 2))
+        body = "，".join(clause(aspect, good) for aspect in aspects[: random.choice((2, 3))])
     parts = [random.choice(OPENINGS), body, random.choice(CLOSINGS[good]) if closing else ""]
     return "，".join(part for part in parts if part) + random.choice("。！")
 

@@ -23,7 +23,10 @@ FP16_MAX = torch.finfo(torch.float16).max
 def merge_adapter(base: Path, adapter: Path, output: Path) -> None:
     """Merge in fp32, round once to fp16, and write the model folder."""
     model = load_model(base, dtype=torch.float32)
-    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
+    try:
+        merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
+    except ValueError as error:  # NaN in the adapter, or layers that the base has not
+        raise UserError(f"adapter {adapter} cannot be merged onto {base}: {error}") from error
     check_range(merged)
     merged.half()
     with program.staged(output) as partial:

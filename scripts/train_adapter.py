@@ -134,7 +134,7 @@ def draw_batches(
 ) -> Iterator[list[Example]]:
     """Yield batches in a new random order each epoch; the last of an epoch may be smaller."""
     generator = torch.Generator().manual_seed(seed)
-    remaining = math.ceil(len(examples) / batch_size * epochs)
+    remaining = math.ceil(math.ceil(len(examples) / batch_size) * epochs)
     while remaining > 0:
         order = torch.randperm(len(examples), generator=generator).tolist()
         for start in range(0, len(order), batch_size):

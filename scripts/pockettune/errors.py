@@ -8,6 +8,9 @@ class UserError(Exception):
     `error: ` and exit with status 2; any other exception is a bug and keeps its traceback.
     """
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))  # what a library says may be of many lines
+
 
 def list_faults(faults: list[str], limit: int = 5) -> str:
     """Join faults of one kind into one line, so that all of them are mended at once."""

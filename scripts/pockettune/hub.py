@@ -36,7 +36,7 @@ def download(kind: Kind, name: str, revision: str, folder: Path) -> None:
         raise
     except Exception as error:
         local = "model.path" if kind == "model" else "dataset.files"
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = str(error)[:300] or type(error).__name__
         raise UserError(
             f"{kind} {name} at {revision} could not be fetched from {endpoint or source}: {reason}. "
             "Ways on: hub.endpoint, a mirror; hub.source: modelscope, another hub; "

@@ -8,7 +8,7 @@ and a difference between the two tokenizers shows.
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pandas as pd
 
@@ -17,6 +17,8 @@ from pockettune.tasks import Record, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def read_examples(path: Path) -> list[Example]:
     return [Example(**row) for row in rows]
 
 
-def take_evenly(examples: list[Example], limit: int | None) -> list[Example]:
+def take_evenly(examples: list[Item], limit: int | None) -> list[Item]:
     """Return `limit` examples evenly spread over the list, all of them where None or more."""
     if limit is None or limit >= len(examples):
         return examples

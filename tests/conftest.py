@@ -1,0 +1,92 @@
+"""Fixtures: a model small enough for every test, and one run of the demo for those that need all."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CONVERTER = ROOT / "resources/llama.cpp-0.3.36"
+
+# No test asks the real hub; one that means to reach a server starts it itself.
+os.environ |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "0"}
+
+Snakemake = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def run_snakemake(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run snakemake in `folder` with this interpreter; stdout and stderr come back together."""
+    return subprocess.run(
+        [sys.executable, "-m", "snakemake", "--cores", "2", *arguments],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def run_program(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a program of scripts/ as a rule does; stdout and stderr come back together."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def copy_checkout(target: Path) -> Path:
+    """Copy what git tracks or would track, with the fetched converter, so that nothing is fetched."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, target / name)
+    shutil.copytree(CONVERTER, target / "resources" / CONVERTER.name)
+    return target
+
+
+@pytest.fixture(scope="session")
+def finished_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout in which the demo has been run; minutes, once a session. Leave it as it was."""
+    folder = copy_checkout(tmp_path_factory.mktemp("checkout") / "pocket tune")
+    result = run_snakemake(folder, "--configfile", "runs/demo.yaml")
+    assert result.returncode == 0, result.stdout[-5000:]
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model of Qwen2's architecture with the tokenizer of a few sentences, 256 wide."""
+    from make_demo_base import train_tokenizer, write_tokenizer_config
+    from transformers import Qwen2Config, Qwen2ForCausalLM, set_seed
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    folder.mkdir()
+    tokenizer = train_tokenizer(["房间很干净，但是服务很差。", "正面", "负面", "情感："] * 3)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    write_tokenizer_config(folder / "tokenizer_config.json")
+    set_seed(0)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=512,
+            hidden_size=256,
+            intermediate_size=512,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            bos_token_id=0,
+            eos_token_id=2,
+        )
+    )
+    model.half().save_pretrained(folder)
+    return folder

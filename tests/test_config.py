@@ -1,0 +1,115 @@
+"""config.yaml, its schema, and what a user is told about a mistake in it."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT
+from pockettune.config import check_config, check_files, drop_idle
+from pockettune.errors import UserError
+
+SCHEMA = yaml.safe_load((ROOT / "schemas/config.schema.yaml").read_text())
+CONFIG = yaml.safe_load((ROOT / "config.yaml").read_text())
+
+
+def merged(run: Path) -> dict[str, Any]:
+    from snakemake.utils import update_config
+
+    config = copy.deepcopy(CONFIG)
+    update_config(config, yaml.safe_load(run.read_text()))
+    return config
+
+
+def test_config_is_valid() -> None:
+    check_config(copy.deepcopy(CONFIG), SCHEMA)
+
+
+@pytest.mark.parametrize("run", sorted((ROOT / "runs").glob("*.yaml")), ids=lambda p: p.name)
+def test_run_file_is_valid(run: Path) -> None:
+    check_config(merged(run), SCHEMA)
+
+
+def test_every_schema_key_is_in_config() -> None:
+    for section, rules in SCHEMA["properties"].items():
+        if section != "pathvars" and "required" in rules:
+            assert set(rules["properties"]) == set(CONFIG[section]), section
+
+
+def put(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    def change(config: dict[str, Any]) -> None:
+        *sections, key = path.split(".")
+        for section in sections:
+            config = config[section]
+        config[key] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put("train.lerning_rate", 1), "unknown key train.lerning_rate; did you mean learning_rate?"),
+        (put("quantise", {}), "unknown key quantise; did you mean quantize?"),
+        (put("train.learning_rate", "2e-4"), "'2e-4', not a number; write 2.0e-04"),
+        (put("train.rank", 0), "train.rank is 0: 0 is less than the minimum of 1"),
+        (put("train.rank", True), "train.rank is True, not a whole number"),
+        (put("quantize.q4", {"type": "Q4_KM"}), "did you mean Q4_K_M? (known: Q2_K, "),
+        (put("quantize.f16", {"type": "Q8_0"}), "the name 'f16'"),
+        (put("task.prompt", "no place"), "task.prompt does not hold {text}"),
+        (put("task.labels", {"0": "好", "1": "好"}), "the same word for two values"),
+        (put("dataset.files", {"train": "a.csv"}), "needs train, validation and test, or all alone"),
+        (put("train", None), "train is None, not a section"),
+        (put("hub.endpoint", "hf-mirror.com"), "hub.endpoint is 'hf-mirror.com'"),
+    ],
+)  # fmt: skip
+def test_mistake_is_told_in_one_line(
+    change: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    config = copy.deepcopy(CONFIG)
+    change(config)
+    with pytest.raises(UserError) as caught:
+        check_config(config, SCHEMA)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_all_mistakes_are_told_at_once() -> None:
+    config = copy.deepcopy(CONFIG)
+    put("train.rank", -1)(config)
+    put("report.titel", "x")(config)
+    with pytest.raises(UserError, match=r"unknown key report\.titel.*train\.rank is -1"):
+        check_config(config, SCHEMA)
+
+
+def test_null_leaves_a_variant_out_and_number_keys_become_text() -> None:
+    config = copy.deepcopy(CONFIG)
+    put("quantize.q8_0", None)(config)
+    put("task.labels", {0: "坏", 1: "好"})(config)
+    check_config(config, SCHEMA)
+    assert list(config["quantize"]) == ["q4_k_m"]
+    assert config["task"]["labels"] == {"0": "坏", "1": "好"}
+
+
+def test_missing_files_are_all_named(tmp_path: Path) -> None:
+    there = tmp_path / "there.csv"
+    there.touch()
+    with pytest.raises(UserError, match=r"model\.path /no/a; dataset\.files\.test /no/b"):
+        check_files({"model.path": "/no/a", "dataset.files.all": str(there), "dataset.files.test": "/no/b"})
+
+
+def test_keys_that_another_makes_idle_do_not_count() -> None:
+    config = copy.deepcopy(CONFIG)
+    config["model"]["path"] = "my/model"
+    drop_idle(config)
+    assert config["model"] == {"name": None, "revision": None, "sha256": None, "path": "my/model"}
+    assert config["dataset"]["split"] is None
+    assert config["dataset"]["name"] == CONFIG["dataset"]["name"]
+
+
+def test_every_offered_type_is_known_to_llama_cpp() -> None:
+    llama_cpp = pytest.importorskip("llama_cpp")
+    offered = SCHEMA["properties"]["quantize"]["additionalProperties"]["properties"]["type"]["enum"]
+    assert [t for t in offered if not hasattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{t}")] == []

@@ -1,0 +1,123 @@
+"""Reading datasets: formats, the audit, and what is said about a bad file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from conftest import ROOT
+from fetch_dataset import fetch_dataset
+from pockettune.errors import UserError
+from pockettune.records import read_records, read_table
+
+CHNSENTICORP = ROOT.parent / "shared/data/chnsenticorp"
+TASK = {"type": "classification", "system": "", "prompt": "{text}", "labels": {"0": "负面", "1": "正面"}}  # fmt: skip
+ROWS = [("很好", 1), ("很差", 0), ("一般\n换行，“引号”", 1)]
+
+
+def settings(**files: Path) -> dict[str, Any]:
+    return {
+        "files": {name: str(path) for name, path in files.items()},
+        "split": {"validation": 0.2, "test": 0.3, "seed": 1},
+        "text_column": "text",
+        "label_column": "label",
+    }
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_formats_give_the_same_records(suffix: str, tmp_path: Path) -> None:
+    table = pd.DataFrame(ROWS, columns=["text", "label"])
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "csv":
+        table.to_csv(path, index=False)
+    elif suffix == "jsonl":
+        table.to_json(path, orient="records", lines=True, force_ascii=False)
+    else:
+        table.to_parquet(path)
+    fetch_dataset(settings(train=path, validation=path, test=path), TASK, tmp_path, tmp_path)
+    assert read_records(tmp_path / "train.jsonl") == [
+        {"id": "train-1", "text": "很好", "label": "正面"},
+        {"id": "train-2", "text": "很差", "label": "负面"},
+        {"id": "train-3", "text": "一般\n换行，“引号”", "label": "正面"},
+    ]
+
+
+def test_a_quote_in_a_tsv_is_text(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.tsv", 'text\tlabel\n"没有关上\t1\n下一行\t0\n')
+    assert read_table(path, ["text", "label"])["text"].tolist() == ['"没有关上', "下一行"]
+
+
+def test_one_file_is_cut_into_disjoint_splits_with_stable_ids(tmp_path: Path) -> None:
+    path = write(tmp_path, "all.csv", "text,label\n" + "".join(f"t{i},{i % 2}\n" for i in range(100)))
+    fetch_dataset(settings(all=path), TASK, tmp_path, tmp_path / "a")
+    fetch_dataset(settings(all=path), TASK, tmp_path, tmp_path / "b")
+    splits = {name: read_records(tmp_path / f"a/{name}.jsonl") for name in ("train", "validation", "test")}  # fmt: skip
+    assert {name: len(rows) for name, rows in splits.items()} == {
+        "train": 50, "validation": 20, "test": 30,
+    }  # fmt: skip
+    texts = [record["text"] for rows in splits.values() for record in rows]
+    assert len(set(texts)) == 100
+    # An id names the row of the file, whatever split it fell into.
+    assert all(r["id"].split("-")[1] == str(int(r["text"][1:]) + 1) for r in splits["test"])
+    assert (tmp_path / "a/test.jsonl").read_bytes() == (tmp_path / "b/test.jsonl").read_bytes()
+
+
+def test_audit_counts_what_a_score_hides(tmp_path: Path) -> None:
+    train = write(tmp_path, "train.csv", "text,label\na,1\na,1\nb,0\nb,1\nc,0\n")
+    test = write(tmp_path, "test.csv", "text,label\na,0\nb,0\nd,1\nd,1\n")
+    fetch_dataset(settings(train=train, validation=test, test=test), TASK, tmp_path, tmp_path)
+    audit = json.loads((tmp_path / "audit.json").read_text())
+    assert audit["splits"]["train"]["duplicates"] == 2
+    assert audit["splits"]["train"]["answers"] == {"正面": 3, "负面": 2}
+    assert audit["train_texts_with_several_answers"] == 1
+    assert audit["splits"]["test"]["seen_in_train"] == 2
+    assert audit["splits"]["test"]["contradicts_train"] == 1
+    assert [r["seen"] for r in read_records(tmp_path / "test.jsonl")] == [True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"", "is empty"),
+        ("a.csv", b"text,label\n", "a header and no rows"),
+        ("a.csv", b"content,label\nx,1\n", "no column text; it has content, label"),
+        ("a.csv", "text,label\n好,1\n".encode("gb18030"), "line 2 is not UTF-8 (byte 0xba)"),
+        ("a.csv", b"text,label\nx,1\ny,2\nz,7\n", "row 2: label '2' is not one of 0 (负面), 1 (正面); row 3"),  # fmt: skip
+        ("a.csv", b"text,label\n ,1\n", "row 1: text is empty"),
+        ("a.csv", b"text,label\nx,1,2,3\ny,1,2,3,4\n", "cannot be read as csv"),
+        ("a.jsonl", b'{"text": "x", "label": 1}\n{oops\n', "line 2 is not JSON"),
+        ("a.jsonl", b'["x", 1]\n', "line 1 is not a JSON object"),
+        ("a.parquet", b"PAR1....", "cannot be read as parquet"),
+        ("a.xlsx", b"PK", "format '.xlsx' is not one of .csv, .tsv, .jsonl, .parquet"),
+    ],
+)
+def test_bad_file_is_told_in_one_line(
+    name: str, content: bytes, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    output = tmp_path / "dataset"
+    with pytest.raises(UserError) as caught:
+        fetch_dataset(settings(train=path, validation=path, test=path), TASK, tmp_path, output)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not output.exists()
+
+
+@pytest.mark.skipif(not CHNSENTICORP.is_dir(), reason="the ChnSentiCorp files are not here")
+def test_chnsenticorp_leaks_a_quarter_of_its_test_rows(tmp_path: Path) -> None:
+    files = {n: CHNSENTICORP / f"{f}.tsv" for n, f in [("train", "train"), ("validation", "dev"), ("test", "test")]}  # fmt: skip
+    fetch_dataset({**settings(**files), "text_column": "text_a"}, TASK, tmp_path, tmp_path)
+    audit = json.loads((tmp_path / "audit.json").read_text())
+    assert [audit["splits"][s]["rows"] for s in ("train", "validation", "test")] == [9600, 1200, 1200]  # fmt: skip
+    assert audit["splits"]["test"]["seen_in_train"] == 331
+    assert audit["splits"]["validation"]["seen_in_train"] == 338
+    assert audit["splits"]["train"]["duplicates"] == 1351
+    assert audit["train_texts_with_several_answers"] == 24

@@ -1,0 +1,149 @@
+"""Conversion and quantization: the files are read back and run."""
+
+import shutil
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from conftest import CONVERTER, run_program
+from gguf.quants import dequantize
+from pockettune.errors import UserError
+from pockettune.gguf_files import check_tensors, describe_tensors
+from pockettune.llama import LlamaModel, common_prefix, group_prompts
+from pockettune.models import load_model, load_tokenizer
+from pockettune.packing import next_token_logits
+from pockettune.prompts import encode
+from safetensors.torch import load_file, save_file
+
+# llama.cpp keeps keys and values in FP16 and sums in another order than PyTorch in fp32; logits
+# of the tiny model reach 3.
+F16_LOGIT_BOUND = 0.02
+# Largest error of one weight over the largest weight of its tensor, for weights drawn from one
+# normal distribution: about half a step of the type's grid.
+QUANTIZATION_BOUND = {"F16": 2**-11, "F32": 0.0, "Q8_0": 0.01, "Q6_K": 0.04, "Q5_0": 0.07, "Q4_K": 0.14}  # fmt: skip
+
+TEXTS = ["房间很干净。", "服务很差！\n\n  两个空格", "😀 emoji, English and 123", "<|im_start|>user\n好<|im_end|>\n"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def f16(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("gguf") / "f16.gguf"
+    result = run_program("convert_model.py", "--model", tiny_model, "--converter", CONVERTER,
+                         "--name", "tiny", "--output", path)  # fmt: skip
+    assert result.returncode == 0, result.stdout
+    return path
+
+
+@pytest.fixture(scope="module")
+def q4_k_m(f16: Path) -> Path:
+    path = f16.with_name("q4_k_m.gguf")
+    result = run_program("quantize_model.py", "--settings", '{"type": "Q4_K_M"}', "--source", f16,
+                         "--threads", "2", "--output", path)  # fmt: skip
+    assert result.returncode == 0, result.stdout
+    return path
+
+
+def prompts(model: Path) -> list[list[int]]:
+    tokenizer = load_tokenizer(model)
+    return [encode(tokenizer, text * n) for text in TEXTS for n in (1, 5)]
+
+
+def test_tokenizers_agree(tiny_model: Path, f16: Path) -> None:
+    tokenizer = load_tokenizer(tiny_model)
+    with LlamaModel(f16, threads=2) as model:
+        assert [model.tokenize(text) for text in TEXTS] == [encode(tokenizer, t) for t in TEXTS]
+
+
+def test_f16_computes_what_the_merged_model_computes(tiny_model: Path, f16: Path) -> None:
+    reference = load_model(tiny_model, dtype=torch.float32).eval()
+    expected = np.stack(list(next_token_logits(reference, prompts(tiny_model))))
+    with LlamaModel(f16, threads=2) as model:
+        actual = np.stack(list(model.next_token_logits(prompts(tiny_model))))
+    assert (actual.argmax(axis=1) == expected.argmax(axis=1)).all()
+    assert np.abs(actual - expected).max() < F16_LOGIT_BOUND
+
+
+def test_f16_stores_the_merged_weights(tiny_model: Path, f16: Path) -> None:
+    weights = load_file(tiny_model / "model.safetensors")
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(f16).tensors}
+    assert len(stored) == len(weights)
+    embedding = torch.from_numpy(stored["token_embd.weight"].data.copy())
+    assert torch.equal(embedding, weights["model.embed_tokens.weight"])
+    down = torch.from_numpy(stored["blk.1.ffn_down.weight"].data.copy())
+    assert torch.equal(down, weights["model.layers.1.mlp.down_proj.weight"])
+
+
+def test_q4_k_m_holds_k_quants_within_their_error(f16: Path, q4_k_m: Path) -> None:
+    stored = describe_tensors(q4_k_m)
+    assert {"Q4_K", "Q6_K", "F32"} <= stored["tensor_types"].keys()
+    assert 4.5 < stored["bits_per_weight"] < 6
+    exact = {tensor.name: tensor for tensor in gguf.GGUFReader(f16).tensors}
+    for tensor in gguf.GGUFReader(q4_k_m).tensors:
+        weights = exact[tensor.name].data.astype(np.float32)
+        error = np.abs(dequantize(tensor.data, tensor.tensor_type) - weights).max()
+        bound = QUANTIZATION_BOUND[tensor.tensor_type.name] * np.abs(weights).max()
+        assert error <= bound, (tensor.name, tensor.tensor_type.name, error, bound)
+
+
+def test_scoring_twice_gives_the_same_bytes(tiny_model: Path, q4_k_m: Path) -> None:
+    runs = []
+    for _ in range(2):
+        with LlamaModel(q4_k_m, threads=2) as model:
+            runs.append(np.stack(list(model.next_token_logits(prompts(tiny_model)))).tobytes())
+    assert runs[0] == runs[1]
+
+
+def test_shared_start_and_batches_change_nothing(tiny_model: Path, f16: Path) -> None:
+    shared = [[5, 6, 7, *prompt] for prompt in prompts(tiny_model)] * 5  # more than one batch
+    with LlamaModel(f16, threads=2) as model:
+        together = np.stack(list(model.next_token_logits(shared)))
+        alone = np.stack([next(iter(model.next_token_logits([prompt]))) for prompt in shared])
+    np.testing.assert_allclose(together, alone, atol=F16_LOGIT_BOUND)
+
+
+def test_common_prefix_and_groups() -> None:
+    assert common_prefix([[1, 2, 3], [1, 2, 4, 5], [1, 2, 3, 9]]) == [1, 2]
+    assert common_prefix([[1, 2], [1, 2]]) == [1], "each prompt keeps a token of its own"
+    assert list(group_prompts([[1] * 4, [2] * 4, [3] * 9], 8)) == [[[1] * 4, [2] * 4], [[3] * 9]]
+    assert [len(group) for group in group_prompts([[1]] * 40, 100)] == [16, 16, 8]
+
+
+def test_untied_model_is_noticed(tiny_model: Path, f16: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has \d+ tensors, the model has 99"):
+        check_tensors(f16, expected=99)
+    untied = tmp_path / "untied"
+    shutil.copytree(tiny_model, untied)
+    weights = load_file(untied / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, untied / "model.safetensors", metadata={"format": "pt"})
+    result = run_program("convert_model.py", "--model", untied, "--converter", CONVERTER,
+                         "--name", "x", "--output", tmp_path / "x.gguf")  # fmt: skip
+    assert result.returncode == 0, result.stdout
+    with pytest.raises(UserError, match=r"has an output\.weight of its own"):
+        check_tensors(tmp_path / "x.gguf", expected=len(weights) - 1)
+
+
+def test_unknown_pre_tokenizer_is_named(tiny_model: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model, other)
+    text = (other / "tokenizer.json").read_text().replace(r"|\\p{N}|", r"|\\p{N}{1,7}|")
+    (other / "tokenizer.json").write_text(text)
+    result = run_program("convert_model.py", "--model", other, "--converter", CONVERTER,
+                         "--name", "x", "--output", tmp_path / "x.gguf")  # fmt: skip
+    assert result.returncode == 2
+    assert "llama.cpp does not know its pre-tokenizer" in result.stdout.splitlines()[-1]
+    assert not (tmp_path / "x.gguf").exists()
+
+
+def test_truncated_gguf_is_refused(f16: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(f16.read_bytes()[:-1000])
+    with pytest.raises(UserError, match="cannot load it"):
+        LlamaModel(broken, threads=1)
+    result = run_program("quantize_model.py", "--settings", '{"type": "Q4_K_M"}', "--source",
+                         broken, "--threads", "1", "--output", tmp_path / "x.gguf")  # fmt: skip
+    assert result.returncode == 2
+    assert "error: llama.cpp could not quantize" in result.stdout
+    assert list(tmp_path.iterdir()) == [broken]

@@ -1,0 +1,107 @@
+"""Merging an adapter: by numbers a reader can check, and by equal logits."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from merge_adapter import check_range, check_shape, merge_adapter
+from peft import LoraConfig, PeftModel, get_peft_model
+from pockettune.errors import UserError
+from pockettune.models import load_model, read_header
+from safetensors.torch import load_file, save_file
+
+PROMPT = torch.tensor([[5, 17, 301, 44, 9]])
+
+
+def make_adapter(base: Path, output: Path, scale: float = 0.05) -> Path:
+    """Write an adapter whose B is not zero, as it would be before training."""
+    model = load_model(base, dtype=torch.float32)
+    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"]))  # fmt: skip
+    generator = torch.Generator().manual_seed(1)
+    for name, weight in adapted.named_parameters():
+        if "lora_" in name:
+            weight.data = torch.randn(weight.shape, generator=generator) * scale
+    adapted.save_pretrained(output)
+    return output
+
+
+def test_merged_weight_by_hand(tiny_model: Path, tmp_path: Path) -> None:
+    """W is 3 everywhere, A = (1 2 3 4 0 …), B = (5 6 7 0 …)ᵀ, alpha / r = 8 / 4 = 2: W + 2 B A."""
+    base, name = tmp_path / "base", "model.layers.0.self_attn.q_proj.weight"
+    base.mkdir()
+    for path in tiny_model.iterdir():
+        (base / path.name).write_bytes(path.read_bytes())
+    weights = load_file(base / "model.safetensors")
+    weights[name] = torch.full_like(weights[name], 3)
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    adapter = make_adapter(base, tmp_path / "adapter", scale=0)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    a = next(k for k in tensors if "layers.0.self_attn.q_proj.lora_A" in k)
+    tensors[a][0, :4] = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    tensors[a.replace("lora_A", "lora_B")][:3, 0] = torch.tensor([5.0, 6.0, 7.0])
+    save_file(tensors, adapter / "adapter_model.safetensors")
+
+    merge_adapter(base, adapter, tmp_path / "merged")
+
+    merged = load_file(tmp_path / "merged/model.safetensors")
+    assert merged[name][:4, :5].tolist() == [
+        [13, 23, 33, 43, 3],  # 3 + 2·5·1, 3 + 2·5·2, …
+        [15, 27, 39, 51, 3],
+        [17, 31, 45, 59, 3],
+        [3, 3, 3, 3, 3],
+    ]
+    assert merged.keys() == weights.keys()
+    untouched = [key for key in weights if key != name]
+    assert all(torch.equal(merged[key], weights[key]) for key in untouched)
+
+
+def test_merged_logits_are_those_of_base_and_adapter(tiny_model: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(tiny_model, tmp_path / "adapter")
+    merge_adapter(tiny_model, adapter, tmp_path / "merged")
+    base = load_model(tiny_model, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        plain = base(PROMPT).logits
+        adapted = PeftModel.from_pretrained(base, adapter).eval()(PROMPT).logits
+        merged = load_model(tmp_path / "merged", dtype=torch.float32).eval()(PROMPT).logits
+    assert (adapted - plain).abs().max() > 0.1, "the adapter must matter for this test to mean anything"  # fmt: skip
+    # The merged weights are rounded to FP16 once: 2^-11 of each weight.
+    torch.testing.assert_close(merged, adapted, atol=2e-3, rtol=0)
+
+
+def test_merged_folder_keeps_tokenizer_bytes_and_tied_embedding(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    merged = tmp_path / "merged"
+    merge_adapter(tiny_model, make_adapter(tiny_model, tmp_path / "adapter"), merged)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (merged / name).read_bytes() == (tiny_model / name).read_bytes()
+    assert "lm_head.weight" not in read_header(merged / "model.safetensors")
+    assert json.loads((merged / "config.json").read_text())["dtype"] == "float16"
+    assert {e["dtype"] for e in read_header(merged / "model.safetensors").values()} == {"F16"}
+
+
+def test_untied_or_resized_embedding_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    weights = load_file(tiny_model / "model.safetensors")
+    embedding = weights["model.embed_tokens.weight"]
+    save_file({**weights, "lm_head.weight": embedding.clone()}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"added lm_head\.weight.*untied"):
+        check_shape(tiny_model, tmp_path)
+    padded = torch.cat([embedding, embedding[:1]])
+    save_file({**weights, "model.embed_tokens.weight": padded}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"from \[512, 256\] to \[513, 256\]"):
+        check_shape(tiny_model, tmp_path)
+
+
+def test_weight_beyond_fp16_is_refused() -> None:
+    layer = torch.nn.Linear(1, 1)
+    layer.weight.data.fill_(70_000)
+    with pytest.raises(UserError, match="weight reaches 7e\\+04, FP16 ends at 65504"):
+        check_range(layer)
+
+
+def test_adapter_with_nan_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(tiny_model, tmp_path / "adapter", scale=float("nan"))
+    with pytest.raises(UserError, match="NaN"):
+        merge_adapter(tiny_model, adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
