@@ -1,0 +1,68 @@
+"""What is found wrong with a model folder before anything long is started."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from pockettune.errors import UserError
+from pockettune.models import check_model_folder, load_tokenizer
+from safetensors.torch import load_file, save_file
+
+
+@pytest.fixture
+def folder(tiny_model: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+def truncate(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+
+
+def replace_by_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def ask_for_own_code(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "x.Y"}}))
+
+
+def shrink_embedding(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    name = "model.embed_tokens.weight"
+    save_file({**weights, name: weights[name][:100].clone()}, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (truncate, r"model\.safetensors is truncated: [\d,]+ of [\d,]+ bytes"),
+        (replace_by_pickle, r"no \*\.safetensors weights \(pytorch_model\.bin is refused"),
+        (ask_for_own_code, r"asks to run the folder's own code \(auto_map\)"),
+        (shrink_embedding, r"the tokenizer does not fit: its ids go up to \d+, the embedding has 100 rows"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"no"), r"is not a safetensors file"),
+        (lambda f: (f / "config.json").write_text("{"), r"config\.json is not JSON"),
+        (lambda f: (f / "tokenizer.json").write_text("{}"), r"tokenizer\.json cannot be read"),
+        (lambda f: [(f / n).unlink() for n in ("config.json", "tokenizer.json")],
+         r"config\.json is missing; tokenizer\.json is missing"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)  # fmt: skip
+def test_unusable_folder_is_refused(
+    harm: Callable[[Path], object], message: str, folder: Path
+) -> None:
+    check_model_folder(folder)
+    harm(folder)
+    with pytest.raises(UserError, match=message):
+        check_model_folder(folder)
+
+
+def test_model_without_chat_template_is_refused(folder: Path) -> None:
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["chat_template"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="no chat template; take the Instruct version"):
+        load_tokenizer(folder)
