@@ -19,7 +19,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -53,7 +52,7 @@ class Measured:
     peak_bytes: int
 
 
-def measure(command: Sequence[str | Path]) -> Measured:
+def measure(command: Sequence[object]) -> Measured:
     """Run a command to its end; wall time and the largest resident set of its process."""
     started = time.perf_counter()
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, cwd=ROOT)
@@ -104,10 +103,10 @@ def make_model(folder: Path) -> None:
 
 def make_data(rows: int) -> None:
     """Write generated reviews: `rows` to train on, half as many to score."""
+    import random
+
     import pandas as pd
     from make_demo_data import make_review
-
-    import random
 
     source = random.Random(0)
     (WORK / "data").mkdir(parents=True, exist_ok=True)
@@ -128,7 +127,9 @@ def commands(threads: int) -> dict[str, list[str | Path]]:
         return "--settings", json.dumps({s: SETTINGS[s] for s in sections}, ensure_ascii=False)
 
     dataset, tokens = WORK / "dataset", WORK / "tokens"
-    splits = [x for s in ("train", "validation", "test") for x in (f"--{s}", dataset / f"{s}.jsonl")]
+    splits = [
+        x for s in ("train", "validation", "test") for x in (f"--{s}", dataset / f"{s}.jsonl")
+    ]
     scored = settings("task", "dataset", "evaluate")
 
     def evaluate(stage: str, *model: str | Path) -> list[str | Path]:
@@ -150,7 +151,7 @@ def commands(threads: int) -> dict[str, list[str | Path]]:
     }  # fmt: skip
 
 
-def compare(ours: Sequence[str | Path], theirs: Sequence[str | Path], runs: int = 3) -> str:
+def compare(ours: Sequence[object], theirs: Sequence[object], runs: int = 3) -> str:
     """Time two commands in turn; return a row: both medians and the ratio of each pair's times."""
     pairs = [(measure(ours), measure(theirs)) for _ in range(runs)]
     ratios = sorted(a.seconds / b.seconds for a, b in pairs)
@@ -193,7 +194,7 @@ def main() -> None:
               "f16", "--outfile", WORK / "theirs.gguf"]  # fmt: skip
     against = [f"| convert, against convert_hf_to_gguf.py | {compare(steps['convert'], script)} |"]
     if arguments.llama_quantize:
-        tool: list[Any] = [arguments.llama_quantize, WORK / "f16.gguf", WORK / "theirs.gguf",
+        tool: list[str | Path] = [arguments.llama_quantize, WORK / "f16.gguf", WORK / "theirs.gguf",
                            "Q4_K_M", str(arguments.threads)]  # fmt: skip
         against.append(f"| quantize, against llama-quantize | {compare(steps['quantize'], tool)} |")
     page = "\n".join([

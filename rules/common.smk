@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -10,27 +9,32 @@ import yaml
 
 sys.path.insert(0, f"{workflow.basedir}/scripts")
 
-from pockettune.config import check_config, check_files, drop_idle
+from pockettune.config import check_config, check_files, drop_idle, set_environment
 from pockettune.errors import UserError
 from pockettune.imports import imported_files
 
-LLAMA_CPP_PYTHON = "0.3.36"  # as in requirements.txt: the converter is of the same commit
-
-# The interpreter that runs Snakemake comes first, so that a virtual environment need not be
-# activated; a rule's conda environment still comes before it.
-os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+LLAMA_CPP_PYTHON = (
+    "0.3.36"  # as in requirements.txt: the converter is of the same commit
+)
 
 
 def user_files():
     """Return the config's keys that name local files, without those that a rule makes."""
-    files = {f"dataset.files.{k}": v for k, v in (config["dataset"]["files"] or {}).items()}
+    files = {
+        f"dataset.files.{k}": v for k, v in (config["dataset"]["files"] or {}).items()
+    }
     files |= {"model.path": config["model"]["path"]} if config["model"]["path"] else {}
-    return {key: path for key, path in files.items() if not path.startswith("resources/")}
+    return {
+        key: path for key, path in files.items() if not path.startswith("resources/")
+    }
 
 
 try:
     check_config(
-        config, yaml.safe_load(Path(workflow.basedir, "schemas/config.schema.yaml").read_text())
+        config,
+        yaml.safe_load(
+            Path(workflow.basedir, "schemas/config.schema.yaml").read_text()
+        ),
     )
     check_files(user_files())
 except UserError as error:
@@ -38,12 +42,9 @@ except UserError as error:
     sys.exit(2)
 
 drop_idle(config)
+set_environment(config["hub"])
 VARIANTS = sorted(config["quantize"])
 STAGES = ["base", "merged", "f16", *VARIANTS]
-
-# Where to fetch from goes through the environment: as a parameter it would be a reason to rerun.
-os.environ["POCKETTUNE_HUB"] = config["hub"]["source"]
-os.environ["POCKETTUNE_HUB_ENDPOINT"] = config["hub"]["endpoint"] or ""
 
 
 def settings(*sections):
@@ -61,13 +62,18 @@ def settings(*sections):
 def dataset_settings(wildcards):
     """Return what decides the records: the dataset and the labels, but not the prompt."""
     task = {key: config["task"][key] for key in ("type", "labels")}
-    chosen = {"dataset": config["dataset"], "task": {**task, "system": "", "prompt": "{text}"}}
+    chosen = {
+        "dataset": config["dataset"],
+        "task": {**task, "system": "", "prompt": "{text}"},
+    }
     return json.dumps(chosen, sort_keys=True, ensure_ascii=False)
 
 
 def report_settings(wildcards):
     """Return all that decided a result; where the files were fetched from did not."""
-    chosen = {key: value for key, value in config.items() if key not in ("hub", "pathvars")}
+    chosen = {
+        key: value for key, value in config.items() if key not in ("hub", "pathvars")
+    }
     return json.dumps(chosen, sort_keys=True, ensure_ascii=False)
 
 
@@ -89,7 +95,11 @@ def model_label():
 def base_model():
     """Return the folder of the base model, which holds its revision or a digest of its path."""
     path = config["model"]["path"]
-    version = hashlib.sha256(path.encode()).hexdigest() if path else config["model"]["revision"]
+    version = (
+        hashlib.sha256(path.encode()).hexdigest()
+        if path
+        else config["model"]["revision"]
+    )
     return f"resources/models/{model_label()}@{version[:12]}"
 
 
@@ -98,10 +108,17 @@ def model_files():
     if not config["model"]["path"]:
         return []
     folder = Path(config["model"]["path"])
-    names = ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+    names = [
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    ]
     weights = sorted(folder.glob("*.safetensors")) or [folder / "model.safetensors"]
-    # A folder that a rule will make has no template of its own: it is in tokenizer_config.json.
-    known = [folder / n for n in names if n != "chat_template.jinja" or (folder / n).exists()]
+    # The demo's base, which is not there at first, has its template in tokenizer_config.json.
+    known = [
+        folder / n for n in names if n != "chat_template.jinja" or (folder / n).exists()
+    ]
     return [str(path) for path in [*known, *weights]]
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-
 from pockettune import program
 
 REFERENCE = "f16"

@@ -14,7 +14,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-
 from pockettune import metrics, program
 from pockettune.models import load_model, weight_files
 from pockettune.packing import next_token_logits

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-
 from pockettune import hub, program
 from pockettune.errors import UserError, list_faults
 from pockettune.records import read_table, write_records
@@ -100,7 +99,9 @@ def read_rows(table: pd.DataFrame, split: str, task: Task) -> list[Record]:
     for position, row in zip(table.index, table.to_dict("records"), strict=True):
         number = int(position) + 1  # as a reader counts the rows below the header
         try:
-            records.append({"id": f"{split}-{number}", **task.read(row)})
+            records.append(
+                {"id": f"{split}-{number}", **task.read({str(k): v for k, v in row.items()})}
+            )
         except ValueError as error:
             faults.append(f"row {number}: {error}")
     if faults:
@@ -150,14 +151,14 @@ def audit_splits(records: dict[str, list[Record]], task: Task) -> dict[str, Any]
 def main() -> None:
     parser = program.argument_parser(__doc__)
     parser.add_argument("--settings", type=json.loads, required=True, help="sections dataset, task")
-    parser.add_argument("--downloads", type=Path, required=True, help="folder for what the hub sends")
+    parser.add_argument(
+        "--downloads", type=Path, required=True, help="folder for what the hub sends"
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
 
     def work(arguments: argparse.Namespace) -> None:
         settings = arguments.settings
-        fetch_dataset(
-            settings["dataset"], settings["task"], arguments.downloads, arguments.output
-        )
+        fetch_dataset(settings["dataset"], settings["task"], arguments.downloads, arguments.output)
 
     program.run(parser, work)
 

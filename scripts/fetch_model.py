@@ -32,9 +32,7 @@ def fetch_model(model: Mapping[str, Any], downloads: Path, output: Path) -> None
         checksums = {path.name: hub.sha256(path) for path in weight_files(partial)}
         if not model["path"]:
             check_weights(model, checksums)
-        program.write_json(
-            partial / "source.json", {"origin": str(origin), "sha256": checksums}
-        )
+        program.write_json(partial / "source.json", {"origin": str(origin), "sha256": checksums})
     if not model["path"]:
         shutil.rmtree(source)
     program.logger.info("model of %s in %s", origin, output)
@@ -63,7 +61,9 @@ def check_weights(model: Mapping[str, Any], checksums: Mapping[str, str]) -> Non
 def main() -> None:
     parser = program.argument_parser(__doc__)
     parser.add_argument("--settings", type=json.loads, required=True, help="section model")
-    parser.add_argument("--downloads", type=Path, required=True, help="folder for what the hub sends")
+    parser.add_argument(
+        "--downloads", type=Path, required=True, help="folder for what the hub sends"
+    )
     parser.add_argument("--output", type=Path, required=True, help="model folder to make")
 
     def work(arguments: argparse.Namespace) -> None:

@@ -14,12 +14,11 @@ import tempfile
 from pathlib import Path
 
 import torch
+from pockettune import program
+from pockettune.packing import group_by_tokens
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
 from transformers import Qwen2Config, Qwen2ForCausalLM, get_scheduler, logging, set_seed
-
-from pockettune import program
-from pockettune.packing import group_by_tokens
 
 SEED = 13
 EPOCHS = 2
@@ -67,7 +66,7 @@ def make_demo_base(corpus: Path, threads: int, output: Path) -> None:
             pad_token_id=start,
         )
     )
-    loss = train_model(model, [[start, *encoding.ids] for encoding in tokenizer.encode_batch(texts)])
+    loss = train_model(model, [tokenizer.encode(f"<|endoftext|>{text}").ids for text in texts])
     model.half()
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:
@@ -123,11 +122,13 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
 def train_model(model: Qwen2ForCausalLM, sequences: list[list[int]]) -> float:
     """Train `model` to continue the sequences; return the last loss."""
     generator = torch.Generator().manual_seed(SEED)
-    passes = []
+    passes: list[list[list[int]]] = []
     for _ in range(EPOCHS):
         order = torch.randperm(len(sequences), generator=generator).tolist()
         passes += group_by_tokens([sequences[i] for i in order], TOKENS_AN_UPDATE, len)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True
+    )
     scheduler = get_scheduler("cosine", optimizer, len(passes) // 10, len(passes))
     model.train()
     loss = torch.tensor(0.0)

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import llama_cpp
-
 from pockettune import program
 from pockettune.errors import UserError
 from pockettune.gguf_files import describe_tensors
 from pockettune.llama import start_backend
+from tqdm import tqdm
 
 
 def quantize_model(recipe: Mapping[str, Any], source: Path, threads: int, output: Path) -> None:
@@ -36,11 +36,15 @@ def quantize_model(recipe: Mapping[str, Any], source: Path, threads: int, output
     parameters.nthread = threads
     parameters.pure = recipe.get("pure", False)
     with program.staged(output) as partial:
-        with tensor_progress(recipe["type"]):
-            code = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(partial), parameters)
+        with TensorProgress(recipe["type"]):
+            code = llama_cpp.llama_model_quantize(
+                os.fsencode(source), os.fsencode(partial), parameters
+            )
         # The library may fail after the file is complete in size but not in content.
         if code != 0:
-            raise UserError(f"llama.cpp could not quantize {source} to {recipe['type']}; see the log")
+            raise UserError(
+                f"llama.cpp could not quantize {source} to {recipe['type']}; see the log"
+            )
         stored = describe_tensors(partial)
     program.logger.info(
         "%s: %.1f MB, %.2f bits a weight, %s",
@@ -49,12 +53,14 @@ def quantize_model(recipe: Mapping[str, Any], source: Path, threads: int, output
     )  # fmt: skip
 
 
-class tensor_progress(logging.Handler):
+class TensorProgress(logging.Handler):
     """Shows a bar, read off llama.cpp's lines `[  12/ 290] blk.0.…`, while its block runs."""
 
     def __init__(self, description: str) -> None:
         super().__init__()
-        self.bar = program.progress(None, description=description, unit="tensors", total=0)
+        self.bar: tqdm[Any] = program.progress(
+            None, description=description, unit="tensors", total=0
+        )
 
     def emit(self, record: logging.LogRecord) -> None:
         if match := re.match(r"\[\s*(\d+)/\s*(\d+)\]", record.getMessage()):

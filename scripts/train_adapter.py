@@ -20,14 +20,13 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from torch.nn.functional import cross_entropy
-from transformers import BitsAndBytesConfig, get_scheduler, set_seed
-
 from pockettune import metrics, program
 from pockettune.errors import UserError
 from pockettune.models import load_model
 from pockettune.packing import TOKENS_A_PASS, group_by_tokens, packed_logits
 from pockettune.prompts import Example, read_examples
+from torch.nn.functional import cross_entropy
+from transformers import BitsAndBytesConfig, get_scheduler, set_seed
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 GRADIENT_NORM_LIMIT = 1.0  # the usual clip; keeps one odd batch from undoing the rest
@@ -51,7 +50,7 @@ def train_adapter(
     started = time.perf_counter()
     history = run_updates(model, examples, settings, precision, device)
     with program.staged(output) as partial:
-        model.save_pretrained(partial)
+        model.save_pretrained(partial)  # type: ignore[operator]  # PEFT wraps a Module
         summary = {
             "examples": len(examples),
             "trainable_parameters": trainable,
@@ -85,7 +84,8 @@ def load_base(
     """Load the frozen base, in 4 bits if asked."""
     dtype = DTYPES[precision]
     if settings["quantization"] == "none":
-        return load_model(base, dtype=dtype).to(device)
+        model = load_model(base, dtype=dtype)
+        return model.to(device)
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -96,9 +96,7 @@ def load_base(
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
 
-def add_adapter(
-    model: torch.nn.Module, settings: Mapping[str, Any], base: Path
-) -> torch.nn.Module:
+def add_adapter(model: torch.nn.Module, settings: Mapping[str, Any], base: Path) -> torch.nn.Module:
     """Return the model with a fresh LoRA adapter, whose own parameters are fp32."""
     names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
     unknown = [name for name in settings["target_modules"] if name not in names]
@@ -121,7 +119,9 @@ def batch_loss(model: torch.nn.Module, examples: Sequence[Example]) -> torch.Ten
     """Return the mean over examples of each one's mean cross-entropy over its answer tokens."""
     sequences = [[*e.prompt_ids, *e.answer_ids[:-1]] for e in examples]
     # The token at position p is predicted at p - 1: the answer's first one at the prompt's last.
-    positions = [range(len(e.prompt_ids) - 1, len(s)) for e, s in zip(examples, sequences)]
+    positions = [
+        range(len(e.prompt_ids) - 1, len(s)) for e, s in zip(examples, sequences, strict=True)
+    ]
     logits = packed_logits(model, sequences, positions)
     targets = torch.tensor([t for e in examples for t in e.answer_ids], device=logits.device)
     weights = [1 / len(e.answer_ids) for e in examples for _ in e.answer_ids]
@@ -171,7 +171,7 @@ def run_updates(
     warmup = round(settings["warmup_ratio"] * len(batches))
     scheduler = get_scheduler(settings["scheduler"], optimizer, warmup, len(batches))
     scaler = torch.amp.GradScaler(device, enabled=precision == "fp16")
-    history = []
+    history: list[dict[str, float]] = []
     model.train()
     for batch in program.progress(batches, description="training", unit="updates"):
         loss = 0.0

@@ -16,7 +16,6 @@ import matplotlib
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
-
 from pockettune import program
 
 INK = "#7a7a7a"  # readable on a light page and on a dark one
@@ -62,8 +61,12 @@ def write_verdict(stages: Mapping[str, Any]) -> str:
     name = min(gguf, key=lambda n: gguf[n]["size_bytes"])
     small, full, base = stages[name], stages["f16"], stages["base"]
     lost = 100 * (full["accuracy"] - small["accuracy"])
-    change = "as accurate as" if abs(lost) < 0.05 else f"{abs(lost):.1f} points {'below' if lost > 0 else 'above'}"
-    unseen = small["unseen"]
+    change = (
+        "as accurate as"
+        if abs(lost) < 0.05
+        else f"{abs(lost):.1f} points {'below' if lost > 0 else 'above'}"
+    )
+    unseen, flips = small["unseen"], small["flips_against_f16"]
     seen_rows = small["n"] - unseen["n"]
     aside = (
         f" ({percent(unseen['accuracy'])} on the {unseen['n']:,} that do not stand in train)"
@@ -72,9 +75,9 @@ def write_verdict(stages: Mapping[str, Any]) -> str:
     )
     return (
         f"The smallest file, {name}, answers {percent(small['accuracy'])} of {small['n']:,} rows "
-        f"rightly{aside}. It is {change} the 16-bit file, with {small['flips_against_f16']} answers "
+        f"rightly{aside}. It is {change} the 16-bit file, with {flips} {'answer' if flips == 1 else 'answers'} "
         f"changed, at {megabytes(small['size_bytes'])} instead of {megabytes(full['size_bytes'])}. "
-        f"The base model knew {percent(base['accuracy'])}."
+        f"The base model alone answers {percent(base['accuracy'])} rightly."
     )
 
 
@@ -86,7 +89,9 @@ def plot_accuracy(stages: Mapping[str, Any]) -> str:
     for shift, key, color in ((0.19, "all rows", COLORS[0]), (-0.19, "not in train", COLORS[1])):
         scored = [stages[n] if key == "all rows" else stages[n]["unseen"] for n in names]
         values = [100 * entry.get("accuracy", 0) for entry in scored]
-        bars = axes.barh([i + shift for i in range(len(names))], values, 0.36, color=color, label=key)
+        bars = axes.barh(
+            [i + shift for i in range(len(names))], values, 0.36, color=color, label=key
+        )
         axes.bar_label(bars, fmt="%.1f", padding=3, color=INK, fontsize=8)
     axes.set(xlim=(0, 108), xlabel="accuracy, %", yticks=range(len(names)), yticklabels=names)
     axes.legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
@@ -116,7 +121,12 @@ def plot_loss(updates: list[dict[str, float]]) -> str:
     axes = figure.subplots()
     axes.plot(losses.index + 1, losses, color=COLORS[0], alpha=0.3, linewidth=0.8, label="update")
     window = max(len(losses) // 20, 1)
-    axes.plot(losses.index + 1, losses.rolling(window, 1).mean(), color=COLORS[0], label=f"mean of {window}")
+    axes.plot(
+        losses.index + 1,
+        losses.rolling(window, 1).mean(),
+        color=COLORS[0],
+        label=f"mean of {window}",
+    )
     axes.set(xlabel="update", ylabel="loss", ylim=(0, None))
     axes.legend(frameon=False)
     return as_svg(figure)

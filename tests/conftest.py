@@ -13,7 +13,11 @@ ROOT = Path(__file__).parent.parent
 CONVERTER = ROOT / "resources/llama.cpp-0.3.36"
 
 # No test asks the real hub; one that means to reach a server starts it itself.
-os.environ |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "0"}
+os.environ |= {
+    "HF_HUB_OFFLINE": "0",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "0",
+}
 
 Snakemake = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -59,11 +59,15 @@ class _Handler(BaseHTTPRequestHandler):
         elif match := re.fullmatch(rf"/(?:datasets/)?{name}/resolve/[^/]+/(.+)", path):
             self.send_file(match[1], send_body)
         elif re.fullmatch(rf"/api/v1/(models|datasets)/{name}/(repo/files|repo/tree)", path):
-            self.send_json({"Code": 200, "Success": True, "Data": self.modelscope_files()}, send_body)
+            self.send_json(
+                {"Code": 200, "Success": True, "Data": self.modelscope_files()}, send_body
+            )
         elif re.fullmatch(rf"/api/v1/(models|datasets)/{name}/repo", path) and "FilePath" in query:
             self.send_file(query["FilePath"][0], send_body)
         elif re.fullmatch(rf"/api/v1/(models|datasets)/{name}(/revisions)?", path):
-            self.send_json({"Code": 200, "Success": True, "Data": self.modelscope_info()}, send_body)
+            self.send_json(
+                {"Code": 200, "Success": True, "Data": self.modelscope_info()}, send_body
+            )
         else:
             self.send_error(404)
 
@@ -110,7 +114,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def modelscope_info(self) -> dict[str, Any]:
         branch = {"Revision": "master", "CreatedAt": 1700000000}
-        return {"RevisionMap": {"Branches": [branch], "Tags": []}, "Id": 1, "Name": self.server.name}
+        return {
+            "RevisionMap": {"Branches": [branch], "Tags": []},
+            "Id": 1,
+            "Name": self.server.name,
+        }
 
     def send_json(self, content: Any, send_body: bool) -> None:
         self.send_bytes(json.dumps(content).encode(), "application/json", send_body)

@@ -97,7 +97,9 @@ def test_missing_files_are_all_named(tmp_path: Path) -> None:
     there = tmp_path / "there.csv"
     there.touch()
     with pytest.raises(UserError, match=r"model\.path /no/a; dataset\.files\.test /no/b"):
-        check_files({"model.path": "/no/a", "dataset.files.all": str(there), "dataset.files.test": "/no/b"})
+        check_files(
+            {"model.path": "/no/a", "dataset.files.all": str(there), "dataset.files.test": "/no/b"}
+        )
 
 
 def test_keys_that_another_makes_idle_do_not_count() -> None:

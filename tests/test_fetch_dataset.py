@@ -55,7 +55,9 @@ def test_a_quote_in_a_tsv_is_text(tmp_path: Path) -> None:
 
 
 def test_one_file_is_cut_into_disjoint_splits_with_stable_ids(tmp_path: Path) -> None:
-    path = write(tmp_path, "all.csv", "text,label\n" + "".join(f"t{i},{i % 2}\n" for i in range(100)))
+    path = write(
+        tmp_path, "all.csv", "text,label\n" + "".join(f"t{i},{i % 2}\n" for i in range(100))
+    )
     fetch_dataset(settings(all=path), TASK, tmp_path, tmp_path / "a")
     fetch_dataset(settings(all=path), TASK, tmp_path, tmp_path / "b")
     splits = {name: read_records(tmp_path / f"a/{name}.jsonl") for name in ("train", "validation", "test")}  # fmt: skip
@@ -89,7 +91,11 @@ def test_audit_counts_what_a_score_hides(tmp_path: Path) -> None:
         ("a.csv", b"text,label\n", "a header and no rows"),
         ("a.csv", b"content,label\nx,1\n", "no column text; it has content, label"),
         ("a.csv", "text,label\n好,1\n".encode("gb18030"), "line 2 is not UTF-8 (byte 0xba)"),
-        ("a.csv", b"text,label\nx,1\ny,2\nz,7\n", "row 2: label '2' is not one of 0 (负面), 1 (正面); row 3"),  # fmt: skip
+        (
+            "a.csv",
+            b"text,label\nx,1\ny,2\nz,7\n",
+            "row 2: label '2' is not one of 0 (负面), 1 (正面); row 3",
+        ),
         ("a.csv", b"text,label\n ,1\n", "row 1: text is empty"),
         ("a.csv", b"text,label\nx,1,2,3\ny,1,2,3,4\n", "cannot be read as csv"),
         ("a.jsonl", b'{"text": "x", "label": 1}\n{oops\n', "line 2 is not JSON"),

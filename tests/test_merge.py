@@ -22,7 +22,7 @@ def make_adapter(base: Path, output: Path, scale: float = 0.05) -> Path:
     for name, weight in adapted.named_parameters():
         if "lora_" in name:
             weight.data = torch.randn(weight.shape, generator=generator) * scale
-    adapted.save_pretrained(output)
+    adapted.save_pretrained(str(output))
     return output
 
 

@@ -1,5 +1,7 @@
 """Scoring answers by probability, against the definition."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from pockettune.scoring import decisive_prefixes, log_sum_exp, score_answers
@@ -8,7 +10,7 @@ VOCABULARY = 12
 END = 0
 
 
-def toy_model(prompts: list[list[int]]) -> list[np.ndarray]:
+def toy_model(prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
     """Logits that depend on every token of the prompt and on their order."""
     return [
         np.random.default_rng([7, *prompt]).normal(size=VOCABULARY).astype(np.float32)
@@ -47,7 +49,7 @@ def test_answers_are_scored_up_to_where_they_are_decided(
 def test_single_tokens_take_one_pass() -> None:
     calls = []
 
-    def counting(prompts: list[list[int]]) -> list[np.ndarray]:
+    def counting(prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
         calls.append(len(prompts))
         return toy_model(prompts)
 

@@ -1,6 +1,8 @@
 """Checks config.yaml against its schema and says what is wrong in a user's words."""
 
 import difflib
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,18 @@ def drop_idle(config: Config) -> None:
         dataset["split"] = None
 
 
+def set_environment(hub: dict[str, Any]) -> None:
+    """Set what the programs find in their environment.
+
+    PATH: the interpreter that runs Snakemake comes first, so that a virtual environment need not
+    be activated; a rule's conda environment still comes before it. Where to fetch from: as a
+    parameter of a rule it would be a reason to rerun.
+    """
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    os.environ["POCKETTUNE_HUB"] = hub["source"]
+    os.environ["POCKETTUNE_HUB_ENDPOINT"] = hub["endpoint"] or ""
+
+
 def _normalise(config: Config) -> None:
     quantize, task = config.get("quantize"), config.get("task")
     if isinstance(quantize, dict):
@@ -71,25 +85,30 @@ def _normalise(config: Config) -> None:
 
 def _describe(error: ValidationError) -> Iterator[str]:
     where = ".".join(str(part) for part in error.path)
+    rule: Any = error.validator_value
+    section: Any = error.schema
+    value: Any = error.instance
     if error.validator == "additionalProperties" and isinstance(error.instance, dict):
-        known = list(error.schema.get("properties", {}))
+        known = list(section.get("properties", {}))
         for key in error.instance:
             if key not in known:
                 yield f"unknown key {_join(where, str(key))}; {_nearest(str(key), known)}"
     elif error.validator == "required":
-        for key in error.validator_value:
-            if key not in error.instance:
+        for key in rule:
+            if key not in value:
                 yield f"{_join(where, key)} is missing"
     elif error.validator == "type":
         yield f"{where} is {error.instance!r}, not {_type_names(error)}{_float_hint(error)}"
     elif error.validator == "enum":
-        known = [str(value) for value in error.validator_value]
+        known = [str(value) for value in rule]
         yield f"{where} is {error.instance!r}; {_nearest(str(error.instance), known)}"
     elif error.validator == "oneOf":
         yield f"{where} needs train, validation and test, or all alone"
     elif where == "task.prompt":
         yield f"{where} does not hold {{text}}, the place of the record's text"
-    elif error.validator in ("not", "pattern") and error.parent is None and where == "quantize":
+    elif (
+        str(error.validator) in ("not", "pattern") and error.parent is None and where == "quantize"
+    ):
         yield f"quantize: the name {error.instance!r} is not lower-case letters, digits and _, or is a stage's"
     else:
         yield f"{where} is {error.instance!r}: {error.message}"
@@ -114,7 +133,7 @@ def _nearest(value: str, known: list[str]) -> str:
 
 
 def _type_names(error: ValidationError) -> str:
-    types = error.validator_value
+    types: Any = error.validator_value
     names = [types] if isinstance(types, str) else types
     return " or ".join(TYPE_NAMES[name] for name in names)
 

@@ -65,7 +65,7 @@ def _from_huggingface(
     api.snapshot_download(
         name, repo_type=kind, revision=info.sha, local_dir=folder, allow_patterns=SAFE_FILES
     )
-    for file in info.siblings or []:
+    for file in getattr(info, "siblings", None) or []:
         path = folder / file.rfilename
         if file.lfs is None or not path.exists():
             continue

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -111,7 +112,7 @@ class LlamaModel:
     def _decode(
         self,
         context: llama_cpp.llama_context_p,
-        batch: llama_cpp.llama_batch,
+        batch: Any,
         sequences: list[tuple[int, int, Sequence[int]]],
     ) -> list[int]:
         """Compute (sequence, first position, tokens) together; return the rows with logits."""
@@ -133,11 +134,13 @@ class LlamaModel:
 
 def common_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:
     """Return what all prompts start with, leaving each at least one token of its own."""
-    first, last = min(prompts), max(prompts)  # in dictionary order: these differ first
+    # In dictionary order the first and the last differ first.
+    ordered = sorted(map(list, prompts))
+    first, last = ordered[0], ordered[-1]
     length = 0
     while length < min(map(len, prompts)) - 1 and first[length] == last[length]:
         length += 1
-    return list(first[:length])
+    return first[:length]
 
 
 def group_prompts(prompts: Sequence[list[int]], capacity: int) -> Iterator[list[list[int]]]:

@@ -21,9 +21,7 @@ def read_answers(tokens: Path) -> tuple[list[str], list[list[int]]]:
     return answers["words"], answers["ids"]
 
 
-def predict(
-    examples: Sequence[Example], words: Sequence[str], scores: np.ndarray
-) -> pd.DataFrame:
+def predict(examples: Sequence[Example], words: Sequence[str], scores: np.ndarray) -> pd.DataFrame:
     """Return a row an example: id, reference, prediction, seen and each answer's log probability.
 
     `scores` is (examples, answers); an exact tie goes to the first answer.
@@ -54,7 +52,10 @@ def _score(task: Task, predictions: pd.DataFrame) -> dict[str, Any]:
 
 
 def write_stage(
-    metrics: Mapping[str, Any], predictions: pd.DataFrame, metrics_path: Path, predictions_path: Path
+    metrics: Mapping[str, Any],
+    predictions: pd.DataFrame,
+    metrics_path: Path,
+    predictions_path: Path,
 ) -> None:
     """Write a stage's two files and log its result."""
     with program.staged(predictions_path) as partial:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from pockettune.errors import UserError, list_faults
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    import torch
+    from transformers import PreTrainedTokenizerBase
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -138,12 +139,12 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def load_model(folder: Path, **options: Any) -> "PreTrainedModel":
+def load_model(folder: Path, **options: Any) -> "torch.nn.Module":
     """Load a causal language model from a local folder; options are from_pretrained's."""
     from transformers import AutoModelForCausalLM, logging
 
     logging.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
         folder,
         trust_remote_code=False,
         use_safetensors=True,
@@ -151,3 +152,4 @@ def load_model(folder: Path, **options: Any) -> "PreTrainedModel":
         attn_implementation="sdpa",
         **options,
     )
+    return model

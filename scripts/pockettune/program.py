@@ -5,18 +5,15 @@ import contextlib
 import errno
 import json
 import logging
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from tqdm import tqdm
 
 from pockettune.errors import UserError
-
-Item = TypeVar("Item")
 
 logger = logging.getLogger("pockettune")
 
@@ -82,8 +79,8 @@ class _LogStream:
 
 
 def progress(
-    items: Iterable[Item] | None, *, description: str, unit: str, total: int | None = None
-) -> "tqdm[Item]":
+    items: Iterable[Any] | None, *, description: str, unit: str, total: int | None = None
+) -> "tqdm[Any]":
     """Iterate with rate and remaining time: a bar on a terminal, else a line every 15 seconds."""
     if sys.stderr.isatty():
         return tqdm(items, desc=description, unit=f" {unit}", total=total, dynamic_ncols=True)
@@ -112,7 +109,7 @@ def staged(output: Path) -> Iterator[Path]:
     try:
         yield partial
         remove(output)
-        os.replace(partial, output)
+        partial.replace(output)
     finally:
         remove(partial)
 

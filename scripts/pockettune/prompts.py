@@ -61,9 +61,7 @@ def encode_answer(tokenizer: "PreTrainedTokenizerBase", answer: str) -> list[int
 class ExampleMaker:
     """Turns a task's records into examples of at most `max_length` tokens."""
 
-    def __init__(
-        self, tokenizer: "PreTrainedTokenizerBase", task: Task, max_length: int
-    ) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", task: Task, max_length: int) -> None:
         self.tokenizer, self.task, self.max_length = tokenizer, task, max_length
         self.control_tokens = [str(token) for token in tokenizer.added_tokens_decoder.values()]
         self.answer_ids = {word: encode_answer(tokenizer, word) for word in task.constrain()}

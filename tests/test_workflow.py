@@ -1,0 +1,229 @@
+"""The demo, run once from an empty checkout, and what a change to it would rerun."""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from conftest import run_snakemake
+
+DEMO = ("--configfile", "runs/demo.yaml")
+
+AFTER_EVALUATION = {"compare": 1, "report": 1, "all": 1}
+EVALUATION = {"evaluate_base": 1, "evaluate_merged": 1, "evaluate_gguf": 3, **AFTER_EVALUATION}
+ONE_VARIANT = {"quantize": 1, "evaluate_gguf": 1, **AFTER_EVALUATION}
+FROM_CONVERT = {"convert": 1, "quantize": 2, "evaluate_gguf": 3, **AFTER_EVALUATION}
+FROM_MERGE = {"merge": 1, "evaluate_merged": 1, **FROM_CONVERT}
+FROM_TRAIN = {"train": 1, **FROM_MERGE}
+FROM_TOKENIZE = {"tokenize": 1, "evaluate_base": 1, **FROM_TRAIN}
+FROM_DATASET = {"fetch_dataset": 1, **FROM_TOKENIZE}
+
+
+def planned(folder: Path, *arguments: str) -> dict[str, int]:
+    """Return the jobs that a dry run plans, by rule."""
+    result = run_snakemake(folder, "--dry-run", *(arguments or DEMO))
+    assert result.returncode == 0, result.stdout[-3000:]
+    if "Nothing to be done" in result.stdout:
+        return {}
+    table = result.stdout.rsplit("Job stats:", 1)[1].split("\n\n")[0]
+    jobs = {rule: int(count) for rule, count in re.findall(r"^(\w+) +(\d+)$", table, re.MULTILINE)}
+    assert jobs.pop("total") == sum(jobs.values())
+    return jobs
+
+
+@pytest.fixture
+def checkout(finished_demo: Path) -> Iterator[Path]:
+    """The finished demo, its text files put back afterwards."""
+    names = ["config.yaml", "runs/demo.yaml", "resources/demo/test.csv"]
+    paths = [finished_demo / n for n in names] + sorted((finished_demo / "scripts").rglob("*.py"))
+    before = {path: path.read_bytes() for path in paths}
+    yield finished_demo
+    for path, content in before.items():
+        if path.read_bytes() != content:
+            path.write_bytes(content)
+
+
+# --- what the demo makes ---
+
+
+def test_demo_learns_and_keeps_what_it_learned(finished_demo: Path) -> None:
+    results = finished_demo / "results/demo"
+    stages = json.loads((results / "metrics.json").read_text())["stages"]
+    assert list(stages) == ["base", "merged", "f16", "q4_k_m", "q8_0"]
+    assert 0.35 < stages["base"]["accuracy"] < 0.65, "the base must not know the task"
+    for stage in ("merged", "f16", "q4_k_m", "q8_0"):
+        assert stages[stage]["accuracy"] > 0.9, stage
+    assert stages["f16"]["prompts_tokenized_otherwise"] == 0
+    assert stages["q4_k_m"]["stored"]["tensor_types"]["Q4_K"] > 0, "K-quants must be used"
+    assert stages["q4_k_m"]["size_bytes"] == (results / "q4_k_m.gguf").stat().st_size
+    table = pd.read_csv(results / "metrics.csv").set_index("stage")
+    assert table.loc["q4_k_m", "unseen_accuracy"] == stages["q4_k_m"]["unseen"]["accuracy"]
+
+
+def test_f16_file_answers_as_the_merged_model(finished_demo: Path) -> None:
+    folder = finished_demo / "results/demo/predictions"
+    merged, f16, q4_k_m = (pd.read_parquet(folder / f"{s}.parquet") for s in ("merged", "f16", "q4_k_m"))  # fmt: skip
+    columns = [c for c in merged.columns if c.startswith("log_probability_")]
+    assert (merged["prediction"] == f16["prediction"]).all()
+    assert np.abs(merged[columns].to_numpy() - f16[columns].to_numpy()).max() < 0.05
+    changed = np.abs(q4_k_m[columns].to_numpy() - f16[columns].to_numpy()).max()
+    assert changed > 0.001, "a quantized file that computes the same was not quantized"
+
+
+def test_report_is_one_file_and_loads_nothing(finished_demo: Path) -> None:
+    page = (finished_demo / "results/demo/report.html").read_text(encoding="utf-8")
+    assert "demo" in re.search(r"<h1>(.*?)</h1>", page)[1]  # type: ignore[index]
+    assert page.count("<svg") == 3
+    assert "<script" not in page
+    assert not re.search(r"""(src|href)\s*=\s*["'](?!#)""", page)
+    assert not re.search(r"""url\((?!#)""", page)
+
+
+# --- the promise: a change reruns what depends on it and nothing else ---
+
+
+def edit_config(change: Callable[[dict[str, Any]], object], file: str = "config.yaml"):  # type: ignore[no-untyped-def]
+    def edit(folder: Path) -> None:
+        config = yaml.safe_load((folder / file).read_text())
+        change(config)
+        (folder / file).write_text(yaml.safe_dump(config, allow_unicode=True, sort_keys=False))
+
+    return edit
+
+
+def edit_demo(section: str, **values: Any):  # type: ignore[no-untyped-def]
+    return edit_config(lambda c: c.setdefault(section, {}).update(values), "runs/demo.yaml")
+
+
+def append(file: str, text: str) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        with (folder / file).open("a") as stream:
+            stream.write(text)
+
+    return edit
+
+
+def touch_everything(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        bookkeeping = ".snakemake" in path.parts or path.name == ".snakemake_timestamp"
+        if path.is_file() and not bookkeeping:
+            os.utime(path)
+
+
+def reorder(folder: Path) -> None:
+    def turned(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: turned(value[key]) for key in reversed(value)}
+        return value
+
+    for file in ("config.yaml", "runs/demo.yaml"):
+        config = turned(yaml.safe_load((folder / file).read_text()))
+        (folder / file).write_text(yaml.safe_dump(config, sort_keys=False, width=40))
+
+
+def swap_rank_and_alpha(config: dict[str, Any]) -> None:
+    train = config["train"]
+    train["rank"], train["alpha"] = train["alpha"], train["rank"]
+
+
+REBUILDS: dict[str, tuple[Callable[[Path], object], dict[str, int]]] = {
+    "nothing": (lambda folder: None, {}),
+    "touching every file": (touch_everything, {}),
+    "reordering and reformatting the config": (reorder, {}),
+    "hub.source": (edit_demo("hub", source="modelscope"), {}),
+    "hub.endpoint": (edit_demo("hub", endpoint="https://hf-mirror.com"), {}),
+    "model.name, idle beside a path": (edit_demo("model", name="a/b"), {}),
+    "report.title": (edit_demo("report", title="x"), {"report": 1, "all": 1}),
+    "evaluate.limit": (edit_demo("evaluate", limit=50), EVALUATION),
+    "another variant": (edit_demo("quantize", q4_0={"type": "Q4_0"}), ONE_VARIANT),
+    "one variant's recipe": (edit_demo("quantize", q8_0={"type": "Q6_K"}), ONE_VARIANT),
+    "train.learning_rate": (edit_demo("train", learning_rate=1e-3), FROM_TRAIN),
+    "two values of train swapped": (edit_config(swap_rank_and_alpha), FROM_TRAIN),
+    "tokenize.max_length": (edit_demo("tokenize", max_length=64), FROM_TOKENIZE),
+    "task.prompt": (edit_demo("task", prompt="{text}"), FROM_TOKENIZE),
+    "dataset.label_column": (edit_demo("dataset", label_column="x"), FROM_DATASET),
+    "a row of the dataset": (append("resources/demo/test.csv", "很好,1\n"), FROM_DATASET),
+    "a line of merge_adapter.py": (append("scripts/merge_adapter.py", "# x\n"), FROM_MERGE),
+    "a line of write_report.py": (append("scripts/write_report.py", "# x\n"), {"report": 1, "all": 1}),
+    "a line of a module, gguf_files.py": (append("scripts/pockettune/gguf_files.py", "# x\n"), FROM_CONVERT),
+    "a line of a module's module, classification.py":
+        (append("scripts/pockettune/tasks/classification.py", "# x\n"), FROM_DATASET),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", REBUILDS)
+def test_change_reruns_what_depends_on_it(change: str, checkout: Path) -> None:
+    edit, expected = REBUILDS[change]
+    edit(checkout)
+    assert planned(checkout) == expected
+
+
+def test_readme_states_the_same_table() -> None:
+    from conftest import ROOT
+
+    for name in ("README.md", "README.zh-CN.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        for key in ("report.title", "evaluate.", "train.", "dataset.", "task.prompt"):
+            assert key in text, (name, key)
+
+
+# --- bad input ---
+
+
+def fail(folder: Path, config: dict[str, Any]) -> str:
+    """Run with `config` laid over the demo; return the one line that says what is wrong."""
+    run = yaml.safe_load((folder / "runs/demo.yaml").read_text())
+    for section, values in config.items():
+        run.setdefault(section, {}).update(values)
+    run["pathvars"] = {"results": "results/bad"}
+    (folder / "runs/bad.yaml").write_text(yaml.safe_dump(run, allow_unicode=True))
+    result = run_snakemake(folder, "--configfile", "runs/bad.yaml", "--", "results/bad/tokens")
+    assert result.returncode != 0
+    lines = {line for line in result.stdout.splitlines() if line.startswith("error: ")}
+    assert len(lines) == 1, result.stdout
+    assert "Traceback" not in result.stdout
+    made = [p for p in (folder / "results/bad").rglob("*") if p.is_file() and p.suffix not in (".log", ".tsv")]  # fmt: skip
+    assert made == []
+    return lines.pop()
+
+
+def test_unknown_key(checkout: Path) -> None:
+    line = fail(checkout, {"train": {"epoch": 3}})
+    assert line.startswith("error: config: unknown key train.epoch; did you mean epochs?")
+
+
+def test_number_as_text(checkout: Path) -> None:
+    assert "write 2.0e-04" in fail(checkout, {"train": {"learning_rate": "2e-4"}})
+
+
+def test_unknown_type_of_variant(checkout: Path) -> None:
+    assert "known: Q2_K, Q3_K_S" in fail(checkout, {"quantize": {"x": {"type": "Q4_K_XXL"}}})
+
+
+def test_missing_file(checkout: Path) -> None:
+    line = fail(checkout, {"dataset": {"files": {"train": "a.csv", "validation": "a.csv", "test": "b.csv"}}})  # fmt: skip
+    assert "no such file: dataset.files.train a.csv; dataset.files.validation a.csv; dataset.files.test b.csv" in line  # fmt: skip
+
+
+def test_unknown_label(checkout: Path) -> None:
+    (checkout / "bad.csv").write_text("text,label\n好,1\n差,7\n")
+    files = dict.fromkeys(("train", "validation", "test"), "bad.csv")
+    assert "row 2: label '7' is not one of 0 (负面), 1 (正面)" in fail(checkout, {"dataset": {"files": files}})  # fmt: skip
+
+
+def test_truncated_weights(checkout: Path) -> None:
+    model = checkout / "bad model 模型"
+    model.mkdir(exist_ok=True)
+    for path in (checkout / "resources/demo/base").iterdir():
+        (model / path.name).write_bytes(path.read_bytes())
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    line = fail(checkout, {"model": {"path": "bad model 模型"}})
+    assert "model.safetensors is truncated" in line
+    assert not list((checkout / "resources/models").glob("*模型*"))
