@@ -1,0 +1,121 @@
+"""What README and docs say is so: links, commands, numbers, settings, and both languages alike."""
+
+import copy
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, run_snakemake
+from pockettune.config import check_config
+
+PAGES = [ROOT / "README.md", ROOT / "results/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TRANSLATED = [page for page in PAGES if not page.stem.endswith("zh-CN") and page.parent.name != "results"]  # fmt: skip
+ALL = sorted({*PAGES, *(page.with_name(f"{page.stem}.zh-CN.md") for page in TRANSLATED)})
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """Return the page's fenced blocks of one language, without the indent of a list."""
+    fences = re.findall(
+        r"^( *)```(\w*)\n(.*?)^ *```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+    return [
+        re.sub(rf"^{indent}", "", text, flags=re.MULTILINE)
+        for indent, kind, text in fences
+        if kind == language
+    ]
+
+
+def names(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", ALL, ids=names)
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", TRANSLATED, ids=names)
+def test_both_languages_give_the_same_commands_and_numbers(page: Path) -> None:
+    chinese = page.with_name(f"{page.stem}.zh-CN.md")
+    for language in ("bash", "powershell", "yaml"):
+        assert blocks(page, language) == blocks(chinese, language)
+    count = r"^#+ "
+    assert len(re.findall(count, page.read_text(), re.M)) == len(re.findall(count, chinese.read_text(), re.M))  # fmt: skip
+    assert measured_rows(page) == measured_rows(chinese)
+
+
+def measured_rows(page: Path) -> list[str]:
+    """Return the rows of tables that begin with the name of a stage, a step or a file."""
+    return re.findall(r"^\| (?:[a-z0-9_]+(?:\.gguf)?|[\w ]+, against [\w.-]+) \|.*\d.*\|$", page.read_text(), re.M)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
+def test_numbers_come_from_benchmarks(name: str) -> None:
+    rows = measured_rows(ROOT / name)
+    assert len(rows) > 12, "the tables were not found"
+    made = "\n".join(path.read_text() for path in (ROOT / "benchmarks").glob("*.md"))
+    assert [row for row in rows if row not in made] == []
+
+
+def test_tree_of_the_readme_is_the_checkout() -> None:
+    (tree,) = (b for b in blocks(ROOT / "README.md", "") if b.startswith("Snakefile"))
+    told = set(re.findall(r"^([\w.]+)/? ", tree, re.M))
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
+    folders = {line.split("/")[0] for line in tracked.splitlines() if "/" in line}
+    assert told - {"Snakefile", "config.yaml"} == folders - {".ci"}
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in ALL)
+    told = set(re.findall(r"^make (\w+)|`make (\w+)`", pages, re.MULTILINE))
+    told = {name for pair in told for name in pair if name}
+    assert {"demo", "test"} <= told <= targets
+    assert {"setup", "demo", "test", "lint", "bench"} <= targets
+
+
+RUN_FILES = {
+    re.search(r"--configfile (runs/\S+)", command)[1]: content  # type: ignore[index]
+    for page in ALL
+    for content in blocks(page, "yaml")
+    for command in re.findall(r"snakemake .*--configfile runs/.*", page.read_text())
+    if "pathvars" in content and "demo" not in command
+}
+
+
+@pytest.mark.parametrize("name", RUN_FILES)
+def test_run_file_of_the_docs_is_valid(name: str) -> None:
+    from snakemake.utils import update_config
+
+    config = yaml.safe_load((ROOT / "config.yaml").read_text())
+    update_config(config, yaml.safe_load(RUN_FILES[name]))
+    check_config(config, yaml.safe_load((ROOT / "schemas/config.schema.yaml").read_text()))
+
+
+def test_variants_of_the_docs_are_valid() -> None:
+    (block,) = (b for b in blocks(ROOT / "docs/quantization.md", "yaml"))
+    config = yaml.safe_load((ROOT / "config.yaml").read_text())
+    config = copy.deepcopy(config) | yaml.safe_load(block)
+    check_config(config, yaml.safe_load((ROOT / "schemas/config.schema.yaml").read_text()))
+    assert list(config["quantize"]) == ["q4_k_m", "iq4_nl"]
+
+
+COMMANDS = sorted(
+    {
+        command.split("   #")[0].split("snakemake ", 1)[1].strip()
+        for page in TRANSLATED
+        for block in blocks(page, "bash")
+        for command in block.splitlines()
+        if "snakemake " in command and "runs/mine" not in command and "runs/rank" not in command
+    }
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_snakemake_command_of_the_readme_can_be_planned(command: str) -> None:
+    result = run_snakemake(ROOT, "--dry-run", "--nolock", *shlex.split(command))
+    assert result.returncode == 0, result.stdout[-2000:]
