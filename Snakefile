@@ -17,6 +17,10 @@ include: "rules/evaluate.smk"
 include: "rules/demo.smk"
 
 
+onerror:
+    repeat_errors()
+
+
 rule all:
     default_target: True
     input:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import sys
+import time
 from pathlib import Path
 
 import yaml
@@ -137,5 +138,18 @@ JOBS = [
     *[f"quantize_{variant}" for variant in VARIANTS],
     *[f"evaluate_{stage}" for stage in STAGES],
 ]
+STARTED = time.time()
+
+
+def repeat_errors():
+    """Print what failing programs said once more, below all that Snakemake says of them."""
+    folder = Path(config.get("pathvars", {}).get("results", "results"), "logs")
+    for path in sorted(folder.glob("*.log")):
+        if path.stat().st_mtime >= STARTED:
+            for line in path.read_text(encoding="utf-8").splitlines():
+                if " error: " in line:
+                    print(f"error: {line.split(' error: ', 1)[1]}", file=sys.stderr)
+
+
 BASE_MODEL = base_model()
 CONVERTER = f"resources/llama.cpp-{LLAMA_CPP_PYTHON}"
