@@ -9,7 +9,7 @@ endif
 # Built without what this project does not use, and as a unity build: a minute and a half on two
 # cores instead of eight. Where that fails, the plain build follows.
 QUICK_BUILD = -DLLAVA_BUILD=OFF -DCMAKE_UNITY_BUILD=ON \
-	-DCMAKE_PROJECT_llama.cpp_INCLUDE=$(CURDIR)/envs/llama_cpp.cmake
+	-DCMAKE_PROJECT_llama.cpp_INCLUDE='$(CURDIR)/envs/llama_cpp.cmake'
 INSTALL = $(BIN)/python -m pip install --quiet --requirement requirements.txt --constraint constraints.txt
 
 .PHONY: setup demo test lint bench clean

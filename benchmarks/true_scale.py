@@ -106,6 +106,7 @@ def make_data(rows: int) -> None:
     import random
 
     import pandas as pd
+
     from make_demo_data import make_review
 
     source = random.Random(0)
@@ -146,8 +147,8 @@ def commands(threads: int) -> dict[str, list[str | Path]]:
         "convert": step("convert_model", "--model", WORK / "merged", "--converter", CONVERTER, "--name", "random", "--output", WORK / "f16.gguf"),
         "quantize": step("quantize_model", "--settings", '{"type": "Q4_K_M"}', "--source", WORK / "f16.gguf", "--threads", str(threads), "--output", WORK / "q4_k_m.gguf"),
         "evaluate_merged": evaluate("merged", "--model", WORK / "merged"),
-        "evaluate_f16": evaluate("f16", "--gguf", WORK / "f16.gguf"),
-        "evaluate_q4_k_m": evaluate("q4_k_m", "--gguf", WORK / "q4_k_m.gguf"),
+        "evaluate_f16": evaluate("f16", "--model", WORK / "f16.gguf"),
+        "evaluate_q4_k_m": evaluate("q4_k_m", "--model", WORK / "q4_k_m.gguf"),
     }  # fmt: skip
 
 

@@ -14,9 +14,8 @@ from pockettune.config import check_config, check_files, drop_idle, set_environm
 from pockettune.errors import UserError
 from pockettune.imports import imported_files
 
-LLAMA_CPP_PYTHON = (
-    "0.3.36"  # as in requirements.txt: the converter is of the same commit
-)
+# As in requirements.txt, so that the converter is of the same commit as the runtime.
+LLAMA_CPP_PYTHON = "0.3.36"
 
 
 def user_files():

@@ -85,7 +85,7 @@ rule evaluate_gguf:
         "python {input.program:q}"
         " --settings {params.settings:q}"
         " --stage {wildcards.stage:q}"
-        " --gguf {input.gguf:q}"
+        " --model {input.gguf:q}"
         " --tokens {input.tokens:q}"
         " --threads {threads}"
         " --metrics {output.metrics:q}"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+
 from pockettune import program
 
 REFERENCE = "f16"

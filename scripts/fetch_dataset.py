@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+
 from pockettune import hub, program
 from pockettune.errors import UserError, list_faults
 from pockettune.records import read_table, write_records

@@ -14,11 +14,12 @@ import tempfile
 from pathlib import Path
 
 import torch
-from pockettune import program
-from pockettune.packing import group_by_tokens
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
 from transformers import Qwen2Config, Qwen2ForCausalLM, get_scheduler, logging, set_seed
+
+from pockettune import program
+from pockettune.packing import group_by_tokens
 
 SEED = 13
 EPOCHS = 2

@@ -14,6 +14,7 @@ import random
 from pathlib import Path
 
 import pandas as pd
+
 from pockettune import program
 
 SEED = 20260101

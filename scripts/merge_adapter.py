@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+
 from pockettune import program
 from pockettune.errors import UserError
 from pockettune.models import EMBEDDING, copy_tokenizer, load_model, read_header, weight_files

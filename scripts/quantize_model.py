@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import llama_cpp
+from tqdm import tqdm
+
 from pockettune import program
 from pockettune.errors import UserError
 from pockettune.gguf_files import describe_tensors
 from pockettune.llama import start_backend
-from tqdm import tqdm
 
 
 def quantize_model(recipe: Mapping[str, Any], source: Path, threads: int, output: Path) -> None:

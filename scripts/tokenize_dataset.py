@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from pockettune import program
 from pockettune.models import load_tokenizer
 from pockettune.prompts import Example, ExampleMaker, write_examples

@@ -20,13 +20,14 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from torch.nn.functional import cross_entropy
+from transformers import BitsAndBytesConfig, get_scheduler, set_seed
+
 from pockettune import metrics, program
 from pockettune.errors import UserError
 from pockettune.models import load_model
 from pockettune.packing import TOKENS_A_PASS, group_by_tokens, packed_logits
 from pockettune.prompts import Example, read_examples
-from torch.nn.functional import cross_entropy
-from transformers import BitsAndBytesConfig, get_scheduler, set_seed
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 GRADIENT_NORM_LIMIT = 1.0  # the usual clip; keeps one odd batch from undoing the rest

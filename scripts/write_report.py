@@ -16,6 +16,7 @@ import matplotlib
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
+
 from pockettune import program
 
 INK = "#7a7a7a"  # readable on a light page and on a dark one

@@ -69,8 +69,9 @@ def finished_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model of Qwen2's architecture with the tokenizer of a few sentences, 256 wide."""
-    from make_demo_base import train_tokenizer, write_tokenizer_config
     from transformers import Qwen2Config, Qwen2ForCausalLM, set_seed
+
+    from make_demo_base import train_tokenizer, write_tokenizer_config
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
     folder.mkdir()

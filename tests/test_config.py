@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from conftest import ROOT
 from pockettune.config import check_config, check_files, drop_idle
 from pockettune.errors import UserError

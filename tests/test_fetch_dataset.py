@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+
 from conftest import ROOT
 from fetch_dataset import fetch_dataset
 from pockettune.errors import UserError

@@ -7,15 +7,16 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import CONVERTER, run_program
 from gguf.quants import dequantize
+from safetensors.torch import load_file, save_file
+
+from conftest import CONVERTER, run_program
 from pockettune.errors import UserError
 from pockettune.gguf_files import check_tensors, describe_tensors
 from pockettune.llama import LlamaModel, common_prefix, group_prompts
 from pockettune.models import load_model, load_tokenizer
 from pockettune.packing import next_token_logits
 from pockettune.prompts import encode
-from safetensors.torch import load_file, save_file
 
 # llama.cpp keeps keys and values in FP16 and sums in another order than PyTorch in fp32; logits
 # of the tiny model reach 3.

@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+
 from fetch_dataset import fetch_dataset
 from fetch_model import fetch_model
 from loopback_hub import COMMIT, serve

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
+
 from pockettune.errors import UserError
 from pockettune.models import check_model_folder, load_tokenizer
-from safetensors.torch import load_file, save_file
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from pockettune.models import load_model
 from pockettune.packing import TOKENS_A_PASS, group_by_tokens, next_token_logits, packed_logits
 from pockettune.prompts import Example

@@ -5,6 +5,7 @@ import errno
 from pathlib import Path
 
 import pytest
+
 from conftest import ROOT, run_program
 from pockettune import program
 from pockettune.errors import UserError

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from pockettune.errors import UserError
 from pockettune.models import load_tokenizer
 from pockettune.prompts import ExampleMaker, read_examples, take_evenly, write_examples

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+
 from pockettune.scoring import decisive_prefixes, log_sum_exp, score_answers
 
 VOCABULARY = 12

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from merge_adapter import merge_adapter
 from pockettune.errors import UserError
 from pockettune.models import load_model

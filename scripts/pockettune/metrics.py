@@ -1,8 +1,7 @@
-"""Turns scores into a stage's metrics and predictions, with where they came from."""
+"""Turns scores into predictions and metrics, and says what computed them."""
 
-import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,15 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pockettune import program
 from pockettune.prompts import Example
 from pockettune.tasks import Task
-
-
-def read_answers(tokens: Path) -> tuple[list[str], list[list[int]]]:
-    """Return the allowed answers and their token ids from the folder tokens/."""
-    answers = json.loads((tokens / "answers.json").read_text(encoding="utf-8"))
-    return answers["words"], answers["ids"]
 
 
 def predict(examples: Sequence[Example], words: Sequence[str], scores: np.ndarray) -> pd.DataFrame:
@@ -49,21 +41,6 @@ def score_predictions(task: Task, predictions: pd.DataFrame) -> dict[str, Any]:
 
 def _score(task: Task, predictions: pd.DataFrame) -> dict[str, Any]:
     return task.score(predictions["reference"].tolist(), predictions["prediction"].tolist())
-
-
-def write_stage(
-    metrics: Mapping[str, Any],
-    predictions: pd.DataFrame,
-    metrics_path: Path,
-    predictions_path: Path,
-) -> None:
-    """Write a stage's two files and log its result."""
-    with program.staged(predictions_path) as partial:
-        predictions.to_parquet(partial, index=False)
-    program.write_json(metrics_path, metrics)
-    program.logger.info(
-        "%s: accuracy %.1f %% of %d rows", metrics["stage"], 100 * metrics["accuracy"], metrics["n"]
-    )
 
 
 def provenance(*packages: str) -> dict[str, str]:
