@@ -23,9 +23,12 @@ def user_files():
     files = {
         f"dataset.files.{k}": v for k, v in (config["dataset"]["files"] or {}).items()
     }
-    files |= {"model.path": config["model"]["path"]} if config["model"]["path"] else {}
+    files["model.path"] = config["model"]["path"]
+    files["train.adapter"] = config["train"]["adapter"]
     return {
-        key: path for key, path in files.items() if not path.startswith("resources/")
+        key: path
+        for key, path in files.items()
+        if path and not path.startswith("resources/")
     }
 
 
@@ -43,6 +46,7 @@ except UserError as error:
 
 drop_idle(config)
 set_environment(config["hub"])
+OWN_ADAPTER = config["train"]["adapter"]
 VARIANTS = sorted(config["quantize"])
 STAGES = ["base", "merged", "f16", *VARIANTS]
 
@@ -84,7 +88,7 @@ def variant_settings(wildcards):
 
 def modules(program):
     """Return the project's own modules that a program imports, so that their edits rerun it."""
-    return imported_files(Path(program), root=Path("scripts"))
+    return list(map(str, imported_files(Path(program), root=Path("scripts"))))
 
 
 def model_label():
@@ -122,6 +126,12 @@ def model_files():
     return [str(path) for path in [*known, *weights]]
 
 
+def adapter_files():
+    """Return the files of an adapter that was trained elsewhere."""
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    return [str(Path(OWN_ADAPTER, name)) for name in names]
+
+
 def dataset_files():
     """Return the local files of the dataset."""
     return sorted((config["dataset"]["files"] or {}).values())
@@ -131,7 +141,7 @@ def dataset_files():
 JOBS = [
     "fetch_dataset",
     "tokenize",
-    "train",
+    "import_adapter" if OWN_ADAPTER else "train",
     "merge",
     "convert",
     *[f"quantize_{variant}" for variant in VARIANTS],

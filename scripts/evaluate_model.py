@@ -15,7 +15,7 @@ import torch
 from pockettune import evaluation
 from pockettune.metrics import provenance
 from pockettune.models import load_model, weight_files
-from pockettune.packing import next_token_logits
+from pockettune.packing import ATTENTION, next_token_logits
 from pockettune.prompts import Example
 from pockettune.scoring import score_answers
 
@@ -31,7 +31,7 @@ def score_model(
     torch.set_num_threads(threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # fp32 holds what is stored in 16 bits exactly: this is the reference for what follows.
-    model = load_model(folder, dtype=torch.float32).to(device).eval()
+    model = load_model(folder, attention=ATTENTION, dtype=torch.float32).to(device).eval()
     prompts = [example.prompt_ids for example in examples]
     scores = score_answers(partial(next_token_logits, model), prompts, answers, stage)
     return scores, {

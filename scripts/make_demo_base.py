@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from transformers import Qwen2Config, Qwen2ForCausalLM, get_scheduler, logging, set_seed
 
 from pockettune import program
-from pockettune.packing import group_by_tokens
+from pockettune.batching import group_by_tokens
 
 SEED = 13
 EPOCHS = 2

@@ -1,13 +1,14 @@
 """Render every record as a prompt of the base model and turn it into token ids.
 
 Input   {train,validation,test}.jsonl, the base model's tokenizer and chat template
-Output  a folder with {train,validation,test}.parquet (see pockettune.prompts.Example),
+Output  a folder with {train,validation,test}.arrow (see pockettune.prompts.Example),
         answers.json (the allowed answers and their token ids) and statistics.json
 """
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from pockettune import program
 from pockettune.models import load_tokenizer
 from pockettune.prompts import Example, ExampleMaker, write_examples
-from pockettune.records import read_records
+from pockettune.records import count_records, read_records
 from pockettune.tasks import load_task
 
 
@@ -30,32 +31,49 @@ def tokenize_dataset(
     with program.staged(output) as partial:
         partial.mkdir()
         for split, path in dataset.items():
-            records = read_records(path)
-            rows = program.progress(records, description=split, unit="rows")
-            examples = [maker.make(record) for record in rows]
-            write_examples(partial / f"{split}.parquet", examples)
-            statistics[split] = describe(examples)
+            records = program.progress(
+                read_records(path), description=split, unit="rows", total=count_records(path)
+            )
+            counts = Statistics()
+            write_examples(partial / f"{split}.arrow", counts.watch(maker.make(records)))
+            statistics[split] = counts.describe()
             program.logger.info("%s: %s", split, statistics[split])
         answers = {"words": list(maker.answer_ids), "ids": list(maker.answer_ids.values())}
         program.write_json(partial / "answers.json", answers)
         program.write_json(partial / "statistics.json", statistics)
 
 
-def describe(examples: list[Example]) -> dict[str, Any]:
-    """Return how long the prompts are, in tokens, and how many texts were changed."""
-    lengths = np.array([len(example.prompt_ids) for example in examples])
-    return {
-        "rows": len(examples),
-        "tokens": int(lengths.sum() + sum(len(example.answer_ids) for example in examples)),
-        "prompt_tokens": {
-            "mean": round(float(lengths.mean()), 1),
-            "median": int(np.median(lengths)),
-            "p95": int(np.percentile(lengths, 95)),
-            "max": int(lengths.max()),
-        },
-        "texts_cut": sum(example.cut for example in examples),
-        "texts_defused": sum(example.defused for example in examples),
-    }
+class Statistics:
+    """Counts examples as they pass: their lengths in tokens, and how many texts were changed."""
+
+    def __init__(self) -> None:
+        self.lengths: Counter[int] = Counter()
+        self.answer_tokens = self.cut = self.defused = 0
+
+    def watch(self, examples: Iterable[Example]) -> Iterator[Example]:
+        """Yield the examples, counting them."""
+        for example in examples:
+            self.lengths[len(example.prompt_ids)] += 1
+            self.answer_tokens += len(example.answer_ids)
+            self.cut += example.cut
+            self.defused += example.defused
+            yield example
+
+    def describe(self) -> dict[str, Any]:
+        """Return rows, tokens, the distribution of prompt_tokens, texts_cut and texts_defused."""
+        lengths = np.array(sorted(self.lengths.elements()))
+        return {
+            "rows": len(lengths),
+            "tokens": int(lengths.sum()) + self.answer_tokens,
+            "prompt_tokens": {
+                "mean": round(float(lengths.mean()), 1),
+                "median": int(np.median(lengths)),
+                "p95": int(np.percentile(lengths, 95)),
+                "max": int(lengths.max()),
+            },
+            "texts_cut": self.cut,
+            "texts_defused": self.defused,
+        }
 
 
 def main() -> None:

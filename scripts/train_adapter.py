@@ -1,69 +1,129 @@
 """Train a LoRA (or QLoRA) adapter to give the task's answer behind the prompt.
 
 The answer is a token or two behind a prompt of about a hundred, so logits are computed where an
-answer token is predicted and nowhere else, and sequences are laid end to end instead of padded
-(pockettune.packing). Loss: cross-entropy, mean over an answer's tokens, then over the examples.
+answer token is predicted and nowhere else, and sequences are laid end to end behind their common
+start instead of padded (pockettune.packing). Loss: cross-entropy, mean over an answer's tokens, then
+over the examples. Now and then the adapter is scored on rows of validation; the best one is kept.
+
+A killed run goes on from its last checkpoint, to the same adapter (pockettune.training).
 
 Input   the base model; the folder tokens/
 Output  a PEFT adapter folder (adapter_config.json, adapter_model.safetensors) with training.json:
-        loss and learning rate by update, trainable parameters, seconds, peak memory
+        loss and learning rate by update, validations, trainable parameters, seconds, peak memory
 """
 
 import argparse
 import json
-import math
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from torch.nn.functional import cross_entropy
-from transformers import BitsAndBytesConfig, get_scheduler, set_seed
+from transformers import BitsAndBytesConfig, set_seed
 
-from pockettune import metrics, program
+from pockettune import checkpoints, metrics, packing, program
+from pockettune.adapters import add_adapter
 from pockettune.errors import UserError
-from pockettune.models import load_model
-from pockettune.packing import TOKENS_A_PASS, group_by_tokens, packed_logits
-from pockettune.prompts import Example, read_examples
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-GRADIENT_NORM_LIMIT = 1.0  # the usual clip; keeps one odd batch from undoing the rest
+from pockettune.imports import imported_files
+from pockettune.models import load_model, weight_files
+from pockettune.prompts import Examples, take_evenly
+from pockettune.tasks import load_task
+from pockettune.training import Hardware, TrainingState, Validator, draw_batches, run_updates
 
 
 def train_adapter(
-    settings: Mapping[str, Any], base: Path, tokens: Path, threads: int, output: Path
+    settings: Mapping[str, Any],
+    base: Path,
+    tokens: Path,
+    threads: int,
+    scratch: Path,
+    output: Path,
+    save_every: float = 60.0,
 ) -> None:
-    """Train on tokens/train.parquet and write the adapter folder."""
+    """Train on tokens/train.arrow and write the adapter folder."""
+    train = settings["train"]
     torch.set_num_threads(threads)
-    set_seed(settings["seed"])
+    set_seed(train["seed"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    precision = choose_precision(settings["precision"], device)
-    examples = read_examples(tokens / "train.parquet")
-    model = add_adapter(load_base(base, settings, precision, device), settings, base)
+    hardware = Hardware(device, choose_precision(train["precision"], device))
+    examples = Examples(tokens / "train.arrow")
+    batches = draw_batches(examples.count_tokens(), train)
+    validator = make_validator(settings, tokens, len(batches))
+    model = add_adapter(load_base(base, train, hardware), train, base)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     program.logger.info(
         "%d examples, %s trainable parameters, %s on %s",
-        len(examples), f"{trainable:,}", precision, device,
+        len(examples), f"{trainable:,}", hardware.precision, device,
     )  # fmt: skip
-    started = time.perf_counter()
-    history = run_updates(model, examples, settings, precision, device)
+    checkpoint = scratch / deciding_digest(settings, base, tokens, hardware)
+    state = run_updates(
+        model, examples, batches, train, hardware, validator, checkpoint, save_every
+    )
     with program.staged(output) as partial:
         model.save_pretrained(partial)  # type: ignore[operator]  # PEFT wraps a Module
         summary = {
             "examples": len(examples),
             "trainable_parameters": trainable,
-            "precision": precision,
+            "precision": hardware.precision,
+            "quantization": train["quantization"],
             "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-            "seconds": round(time.perf_counter() - started, 2),
+            "seconds": round(state.seconds, 2),
             "peak_memory_bytes": peak_memory(device),
             "provenance": metrics.provenance("torch", "transformers", "peft"),
-            "updates": history,
+            **describe_course(state, validator, len(batches)),
         }
         program.write_json(partial / "training.json", summary)
-    program.logger.info("loss %.4f after %d updates", history[-1]["loss"], len(history))
+    program.remove(checkpoint)
+    program.logger.info("loss %.4f after %d updates", state.updates[-1]["loss"], len(state.updates))
+
+
+def make_validator(settings: Mapping[str, Any], tokens: Path, updates: int) -> Validator | None:
+    """Return what scores the model while it is trained; None where eval_every is null.
+
+    Rows whose text stands in train are left out: knowing them by heart is no merit.
+    """
+    train = settings["train"]
+    if train["eval_every"] is None:
+        return None
+    rows = Examples(tokens / "validation.arrow")
+    unseen = [row for row in rows if not row.seen] or list(rows)
+    answers = program.read_json(tokens / "answers.json")
+    return Validator(
+        task=load_task(settings["task"], settings["dataset"]),
+        examples=take_evenly(unseen, train["eval_limit"]),
+        words=answers["words"],
+        answer_ids=answers["ids"],
+        interval=max(round(train["eval_every"] * updates / train["epochs"]), 1),
+    )
+
+
+def describe_course(
+    state: TrainingState, validator: Validator | None, planned: int
+) -> dict[str, Any]:
+    """Return what happened from update to update, for training.json."""
+    metric = validator.task.metric if validator else None
+    best = state.best_validation(metric) if metric else None
+    return {
+        "planned_updates": planned,
+        "resumed": state.resumed,
+        "metric": metric,
+        "exported_update": best["update"] if best else len(state.updates),
+        "validation_rows": len(validator.examples) if validator else 0,
+        "validations": state.validations,
+        "updates": state.updates,
+    }
+
+
+def deciding_digest(
+    settings: Mapping[str, Any], base: Path, tokens: Path, hardware: Hardware
+) -> str:
+    """Return a digest of all that decides the weights, this program's own lines included."""
+    program_file = Path(__file__)
+    code = [program_file, *imported_files(program_file, root=program_file.parent)]
+    inputs = [tokens / name for name in ("train.arrow", "validation.arrow", "answers.json")]
+    files = [*code, *inputs, base / "config.json", *weight_files(base)]
+    return checkpoints.digest([settings, hardware.device, hardware.precision], files)
 
 
 def choose_precision(wanted: str, device: str) -> str:
@@ -79,121 +139,23 @@ def choose_precision(wanted: str, device: str) -> str:
     return "bf16" if capable.get("avx512_bf16") or capable.get("amx_bf16") else "fp32"
 
 
-def load_base(
-    base: Path, settings: Mapping[str, Any], precision: str, device: str
-) -> torch.nn.Module:
+def load_base(base: Path, train: Mapping[str, Any], hardware: Hardware) -> torch.nn.Module:
     """Load the frozen base, in 4 bits if asked."""
-    dtype = DTYPES[precision]
-    if settings["quantization"] == "none":
-        model = load_model(base, dtype=dtype)
-        return model.to(device)
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
-    model = load_model(base, dtype=dtype, quantization_config=nf4, device_map=device)
-    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-
-
-def add_adapter(model: torch.nn.Module, settings: Mapping[str, Any], base: Path) -> torch.nn.Module:
-    """Return the model with a fresh LoRA adapter, whose own parameters are fp32."""
-    names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-    unknown = [name for name in settings["target_modules"] if name not in names]
-    if unknown:
-        raise UserError(
-            f"train.target_modules: {', '.join(unknown)} not in model {base.name};"
-            f" its layers are {', '.join(sorted(n for n in names if n.endswith('_proj')))}"
+    options: dict[str, Any] = {"dtype": hardware.dtype, "attention": packing.ATTENTION}
+    if train["quantization"] == "nf4":
+        options["device_map"] = hardware.device
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=hardware.dtype,
         )
-    lora = LoraConfig(
-        r=settings["rank"],
-        lora_alpha=settings["alpha"],
-        lora_dropout=settings["dropout"],
-        target_modules=settings["target_modules"],
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(model, lora)
-
-
-def batch_loss(model: torch.nn.Module, examples: Sequence[Example]) -> torch.Tensor:
-    """Return the mean over examples of each one's mean cross-entropy over its answer tokens."""
-    sequences = [[*e.prompt_ids, *e.answer_ids[:-1]] for e in examples]
-    # The token at position p is predicted at p - 1: the answer's first one at the prompt's last.
-    positions = [
-        range(len(e.prompt_ids) - 1, len(s)) for e, s in zip(examples, sequences, strict=True)
-    ]
-    logits = packed_logits(model, sequences, positions)
-    targets = torch.tensor([t for e in examples for t in e.answer_ids], device=logits.device)
-    weights = [1 / len(e.answer_ids) for e in examples for _ in e.answer_ids]
-    losses = cross_entropy(logits.float(), targets, reduction="none")
-    return (losses * torch.tensor(weights, device=logits.device)).sum() / len(examples)
-
-
-def draw_batches(
-    examples: Sequence[Example], batch_size: int, epochs: float, seed: int
-) -> Iterator[list[Example]]:
-    """Yield batches in a new random order each epoch; the last of an epoch may be smaller."""
-    generator = torch.Generator().manual_seed(seed)
-    remaining = math.ceil(math.ceil(len(examples) / batch_size) * epochs)
-    while remaining > 0:
-        order = torch.randperm(len(examples), generator=generator).tolist()
-        for start in range(0, len(order), batch_size):
-            if remaining == 0:
-                return
-            yield [examples[i] for i in order[start : start + batch_size]]
-            remaining -= 1
-
-
-def cut_batch(batch: list[Example], batch_size: int, device: str) -> Iterator[list[Example]]:
-    """Cut an update's examples into forward passes that the setting and the hardware allow.
-
-    The gradient does not depend on the cuts.
-    """
-    for start in range(0, len(batch), batch_size):
-        part = batch[start : start + batch_size]
-        yield from group_by_tokens(part, TOKENS_A_PASS[device], lambda e: len(e.prompt_ids))
-
-
-def run_updates(
-    model: torch.nn.Module,
-    examples: Sequence[Example],
-    settings: Mapping[str, Any],
-    precision: str,
-    device: str,
-) -> list[dict[str, float]]:
-    """Train; return loss and learning rate of every update. UserError where the loss is NaN."""
-    batch_size = settings["batch_size"] * settings["gradient_accumulation"]
-    batches = list(draw_batches(examples, batch_size, settings["epochs"], settings["seed"]))
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=settings["learning_rate"], weight_decay=0.0, fused=True
-    )
-    warmup = round(settings["warmup_ratio"] * len(batches))
-    scheduler = get_scheduler(settings["scheduler"], optimizer, warmup, len(batches))
-    scaler = torch.amp.GradScaler(device, enabled=precision == "fp16")
-    history: list[dict[str, float]] = []
-    model.train()
-    for batch in program.progress(batches, description="training", unit="updates"):
-        loss = 0.0
-        for passed in cut_batch(batch, settings["batch_size"], device):
-            with torch.autocast(device, DTYPES[precision], enabled=precision != "fp32"):
-                part = batch_loss(model, passed) * (len(passed) / len(batch))
-            scaler.scale(part).backward()
-            loss += part.item()
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss became {loss} at update {len(history) + 1} of {len(batches)}: lower "
-                f"train.learning_rate ({settings['learning_rate']}) or set train.precision to fp32"
-            )
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_NORM_LIMIT)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        history.append({"loss": loss, "learning_rate": scheduler.get_last_lr()[0]})
-        scheduler.step()
-    return history
+    model = load_model(base, **options)
+    if train["quantization"] == "none":
+        model = model.to(hardware.device)
+    if train["gradient_checkpointing"]:
+        model.activation_checkpointing_enable()  # type: ignore[operator]
+    return model
 
 
 def peak_memory(device: str) -> int | None:
@@ -210,14 +172,22 @@ def peak_memory(device: str) -> int | None:
 
 def main() -> None:
     parser = program.argument_parser(__doc__)
-    parser.add_argument("--settings", type=json.loads, required=True, help="section train")
+    parser.add_argument(
+        "--settings", type=json.loads, required=True, help="sections train, task, dataset"
+    )
     parser.add_argument("--base", type=Path, required=True, help="base model's folder")
     parser.add_argument("--tokens", type=Path, required=True, help="folder of tokenize_dataset.py")
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument(
+        "--scratch", type=Path, required=True, help="folder for checkpoints of unfinished trainings"
+    )
+    parser.add_argument(
+        "--save-every", type=float, default=60.0, help="seconds between checkpoints"
+    )
     parser.add_argument("--output", type=Path, required=True, help="adapter folder to make")
 
     def work(a: argparse.Namespace) -> None:
-        train_adapter(a.settings["train"], a.base, a.tokens, a.threads, a.output)
+        train_adapter(a.settings, a.base, a.tokens, a.threads, a.scratch, a.output, a.save_every)
 
     program.run(parser, work)
 

@@ -43,7 +43,7 @@ def test_formats_give_the_same_records(suffix: str, tmp_path: Path) -> None:
     else:
         table.to_parquet(path)
     fetch_dataset(settings(train=path, validation=path, test=path), TASK, tmp_path, tmp_path)
-    assert read_records(tmp_path / "train.jsonl") == [
+    assert list(read_records(tmp_path / "train.jsonl")) == [
         {"id": "train-1", "text": "很好", "label": "正面"},
         {"id": "train-2", "text": "很差", "label": "负面"},
         {"id": "train-3", "text": "一般\n换行，“引号”", "label": "正面"},
@@ -61,7 +61,7 @@ def test_one_file_is_cut_into_disjoint_splits_with_stable_ids(tmp_path: Path) ->
     )
     fetch_dataset(settings(all=path), TASK, tmp_path, tmp_path / "a")
     fetch_dataset(settings(all=path), TASK, tmp_path, tmp_path / "b")
-    splits = {name: read_records(tmp_path / f"a/{name}.jsonl") for name in ("train", "validation", "test")}  # fmt: skip
+    splits = {name: list(read_records(tmp_path / f"a/{name}.jsonl")) for name in ("train", "validation", "test")}  # fmt: skip
     assert {name: len(rows) for name, rows in splits.items()} == {
         "train": 50, "validation": 20, "test": 30,
     }  # fmt: skip

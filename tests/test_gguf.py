@@ -11,11 +11,12 @@ from gguf.quants import dequantize
 from safetensors.torch import load_file, save_file
 
 from conftest import CONVERTER, run_program
+from pockettune.batching import common_prefix, group_by_tokens
 from pockettune.errors import UserError
 from pockettune.gguf_files import check_tensors, describe_tensors
-from pockettune.llama import LlamaModel, common_prefix, group_prompts
+from pockettune.llama import PROMPTS_A_BATCH, LlamaModel
 from pockettune.models import load_model, load_tokenizer
-from pockettune.packing import next_token_logits
+from pockettune.packing import ATTENTION, next_token_logits
 from pockettune.prompts import encode
 
 # llama.cpp keeps keys and values in FP16 and sums in another order than PyTorch in fp32; logits
@@ -58,7 +59,7 @@ def test_tokenizers_agree(tiny_model: Path, f16: Path) -> None:
 
 
 def test_f16_computes_what_the_merged_model_computes(tiny_model: Path, f16: Path) -> None:
-    reference = load_model(tiny_model, dtype=torch.float32).eval()
+    reference = load_model(tiny_model, attention=ATTENTION, dtype=torch.float32).eval()
     expected = np.stack(list(next_token_logits(reference, prompts(tiny_model))))
     with LlamaModel(f16, threads=2) as model:
         actual = np.stack(list(model.next_token_logits(prompts(tiny_model))))
@@ -107,8 +108,10 @@ def test_shared_start_and_batches_change_nothing(tiny_model: Path, f16: Path) ->
 def test_common_prefix_and_groups() -> None:
     assert common_prefix([[1, 2, 3], [1, 2, 4, 5], [1, 2, 3, 9]]) == [1, 2]
     assert common_prefix([[1, 2], [1, 2]]) == [1], "each prompt keeps a token of its own"
-    assert list(group_prompts([[1] * 4, [2] * 4, [3] * 9], 8)) == [[[1] * 4, [2] * 4], [[3] * 9]]
-    assert [len(group) for group in group_prompts([[1]] * 40, 100)] == [16, 16, 8]
+    groups = group_by_tokens([[1] * 4, [2] * 4, [3] * 9], 8, len)
+    assert list(groups) == [[[1] * 4, [2] * 4], [[3] * 9]]
+    groups = group_by_tokens([[1]] * 40, 100, len, PROMPTS_A_BATCH)
+    assert [len(group) for group in groups] == [16, 16, 8]
 
 
 def test_untied_model_is_noticed(tiny_model: Path, f16: Path, tmp_path: Path) -> None:

@@ -106,6 +106,6 @@ def test_dataset_comes_with_its_splits(
     with serve(repository.parent, NAME) as hub:
         monkeypatch.setenv("POCKETTUNE_HUB_ENDPOINT", hub.address)
         fetch_dataset(dataset, TASK, tmp_path / "downloads", tmp_path / "dataset")
-    assert read_records(tmp_path / "dataset/test.jsonl") == [
+    assert list(read_records(tmp_path / "dataset/test.jsonl")) == [
         {"id": "test-1", "text": "很好", "label": "正面", "seen": True}
     ]

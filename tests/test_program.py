@@ -72,7 +72,7 @@ def test_full_disk_is_a_users_matter(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_imports_are_followed_through_modules_and_functions() -> None:
     root = ROOT / "scripts"
     found = {
-        str(Path(p).relative_to(root)) for p in imported_files(root / "fetch_dataset.py", root)
+        str(path.relative_to(root)) for path in imported_files(root / "fetch_dataset.py", root)
     }
     assert {"pockettune/hub.py", "pockettune/tasks/classification.py", "pockettune/errors.py",
             "pockettune/__init__.py"} <= found  # fmt: skip

@@ -50,8 +50,10 @@ def check_files(paths: dict[str, str]) -> None:
 
 
 def drop_idle(config: Config) -> None:
-    """Set to null what another key makes idle, so that changing it is no reason to rerun."""
+    """Set to null, or drop, what another key makes idle, so that changing it is no reason to rerun."""
     model, dataset = config["model"], config["dataset"]
+    if config["train"]["adapter"]:
+        config["train"] = {"adapter": config["train"]["adapter"]}
     if model["path"]:
         model.update(name=None, revision=None, sha256=None)
     if dataset["files"]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pockettune import metrics, program
-from pockettune.prompts import Example, read_examples, take_evenly
+from pockettune.prompts import Example, Examples, take_evenly
 from pockettune.tasks import load_task
 
 # Takes the model's path, the examples, the answers' token ids, the stage and the threads; returns
@@ -41,8 +41,9 @@ def evaluate(arguments: argparse.Namespace, score: Scorer) -> None:
     task = load_task(settings["task"], settings["dataset"])
     answers = program.read_json(arguments.tokens / "answers.json")
     split = settings["evaluate"]["split"]
-    examples = read_examples(arguments.tokens / f"{split}.parquet")
-    examples = take_evenly(examples, settings["evaluate"]["limit"])
+    examples = take_evenly(
+        Examples(arguments.tokens / f"{split}.arrow"), settings["evaluate"]["limit"]
+    )
     started = time.perf_counter()
     scores, facts = score(
         arguments.model, examples, answers["ids"], arguments.stage, arguments.threads

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-def imported_files(program: Path, root: Path) -> list[str]:
+def imported_files(program: Path, root: Path) -> list[Path]:
     """Return the files below `root` that `program` imports, directly or not, sorted.
 
     Reads the source without running it, so imports inside functions count too.
@@ -21,7 +21,7 @@ def imported_files(program: Path, root: Path) -> list[str]:
             if path not in found:
                 found.add(path)
                 open_files.append(path)
-    return sorted(str(path) for path in found - {program})
+    return sorted(found - {program})
 
 
 def _imports_of(path: Path, root: Path) -> Iterator[Path]:

@@ -15,6 +15,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 
+from pockettune.batching import common_prefix, group_by_tokens
 from pockettune.errors import UserError
 
 PROMPTS_A_BATCH = 16
@@ -82,7 +83,7 @@ class LlamaModel:
         try:
             if prefix:
                 self._decode(context, batch, [(0, 0, prefix)])
-            for group in group_prompts(tails, capacity):
+            for group in group_by_tokens(tails, capacity, len, PROMPTS_A_BATCH):
                 for sequence in range(1, len(group) + 1):
                     llama_cpp.llama_memory_seq_cp(memory, 0, sequence, -1, -1)
                 rows = self._decode(
@@ -130,28 +131,3 @@ class LlamaModel:
         if code := llama_cpp.llama_decode(context, batch):
             raise RuntimeError(f"llama_decode failed with code {code} on {n} tokens")
         return rows
-
-
-def common_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:
-    """Return what all prompts start with, leaving each at least one token of its own."""
-    # In dictionary order the first and the last differ first.
-    ordered = sorted(map(list, prompts))
-    first, last = ordered[0], ordered[-1]
-    length = 0
-    while length < min(map(len, prompts)) - 1 and first[length] == last[length]:
-        length += 1
-    return first[:length]
-
-
-def group_prompts(prompts: Sequence[list[int]], capacity: int) -> Iterator[list[list[int]]]:
-    """Cut prompts, in order, into groups that fit a batch."""
-    group: list[list[int]] = []
-    tokens = 0
-    for prompt in prompts:
-        if group and (len(group) == PROMPTS_A_BATCH or tokens + len(prompt) > capacity):
-            yield group
-            group, tokens = [], 0
-        group.append(prompt)
-        tokens += len(prompt)
-    if group:
-        yield group

@@ -139,7 +139,7 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def load_model(folder: Path, **options: Any) -> "torch.nn.Module":
+def load_model(folder: Path, *, attention: str = "sdpa", **options: Any) -> "torch.nn.Module":
     """Load a causal language model from a local folder; options are from_pretrained's."""
     from transformers import AutoModelForCausalLM, logging
 
@@ -149,7 +149,7 @@ def load_model(folder: Path, **options: Any) -> "torch.nn.Module":
         trust_remote_code=False,
         use_safetensors=True,
         local_files_only=True,
-        attn_implementation="sdpa",
+        attn_implementation=attention,
         **options,
     )
     return model

@@ -1,22 +1,172 @@
 """Runs a model on several sequences at once without padding, and asks logits only where needed.
 
-Sequences are laid end to end with position ids that begin anew at each. Given no attention mask,
-transformers reads the borders from the position ids and lets no sequence see another
-(transformers 5.23, masking_utils.find_packed_sequence_indices); tests hold it to that.
+What all sequences of a pass start with (the chat template, the instruction) is laid once, and behind
+it the rest of each, end to end:
+
+    [shared start | tail 1 | tail 2 | …]
+
+Position ids go on from the start in every tail, and a tail attends to the start and to itself. So
+neither padding nor a repeated start is computed, and logits and gradients are those of each sequence
+alone: tests hold it to that. (Prompt sharing as in vLLM's prefix caching, here with gradients.)
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import Any
 
-import numpy as np
 import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from pockettune.batching import common_prefix, group_by_tokens
+from pockettune.errors import UserError
 
 Tokens = Sequence[int]
-Item = TypeVar("Item")
 
-# Tokens in one forward pass: enough to fill the hardware, few enough that attention over the
-# packed sequences, which is computed whole and masked, stays small beside the matrix products.
-TOKENS_A_PASS = {"cpu": 512, "cuda": 8192}
+ATTENTION = "pockettune_packed"  # the name under which `attend` is known to transformers
+
+# Tokens in one forward pass: enough to fill the hardware.
+TOKENS_A_PASS = {"cpu": 1024, "cuda": 16384}
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the sequences of one pass lie, in tokens."""
+
+    start: int  # length of the shared start
+    lengths: tuple[int, ...]  # of the tails
+    masks: list[torch.Tensor]  # of each row of `spans`: (own, seen), true where a token may look
+    varlen: dict[str, Any]  # instead of masks: varlen_attn's arguments, and the rows of its keys
+
+    @cached_property
+    def spans(self) -> list[tuple[int, int]]:
+        """Begin and end of the start, where there is one, and of each tail."""
+        ends = list(accumulate(self.lengths, initial=self.start))
+        return ([(0, self.start)] if self.start else []) + list(pairwise(ends))
+
+    @property
+    def longest(self) -> int:
+        return self.start + max(self.lengths)
+
+
+def pack(start: int, lengths: Sequence[int], device: torch.device, varlen: bool) -> Packing:
+    """Lay tails of the given lengths behind a shared start."""
+    packing = Packing(start, tuple(lengths), [], {})
+    seen = [[*range(start if begin else 0), *range(begin, end)] for begin, end in packing.spans]
+    own = [end - begin for begin, end in packing.spans]
+    if varlen:
+        packing.varlen.update(
+            {
+                "keys": torch.tensor([row for rows in seen for row in rows], device=device),
+                "cu_seq_q": _offsets(own, device),
+                "cu_seq_k": _offsets(list(map(len, seen)), device),
+                "max_q": max(own),
+                "max_k": max(map(len, seen)),
+            }
+        )
+    else:
+        packing.masks.extend(
+            torch.ones(n, len(rows), dtype=torch.bool, device=device).tril(len(rows) - n)
+            for n, rows in zip(own, seen, strict=True)
+        )
+    return packing
+
+
+def _offsets(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+
+
+def attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    packing: Packing,
+    scaling: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one layer: query (1, heads, tokens, width) to (1, tokens, heads, width).
+
+    The signature is transformers' (5.23, AttentionInterface); `packing` comes through the model's
+    keyword arguments.
+    """
+    if softcap or (sliding_window and sliding_window < packing.longest):
+        raise UserError(
+            "this model's attention has a soft cap, or a window shorter than tokenize.max_length,"
+            " which packed sequences do not support: lower tokenize.max_length or take another model"
+        )
+    if packing.varlen:
+        return _attend_varlen(query, key, value, packing.varlen, scaling), None
+    return _attend_each(query, key, value, packing, scaling), None
+
+
+def _attend_each(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing, scaling: float
+) -> torch.Tensor:
+    """One call a sequence. On a CPU this costs less than one masked call over the whole pass."""
+    heads, width = query.shape[1], query.shape[3]
+    groups = heads // key.shape[1]
+    outputs = []
+    for (begin, end), mask in zip(packing.spans, packing.masks, strict=True):
+        keys, values = (
+            torch.cat([x[:, :, : packing.start], x[:, :, begin:end]], dim=2)
+            if begin and packing.start
+            else x[:, :, begin:end]
+            for x in (key, value)
+        )
+        # The heads that share a key are folded into its rows: the same numbers as enable_gqa,
+        # whose backward pass takes 1.4 times as long (2 cores, 14 heads of 2 keys, 85 tokens).
+        folded = query[:, :, begin:end].reshape(1, heads // groups, -1, width)
+        output = scaled_dot_product_attention(
+            folded, keys, values, attn_mask=mask.repeat(groups, 1), scale=scaling
+        )
+        outputs.append(output.view(1, heads, end - begin, width))
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def _attend_varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    arguments: dict[str, Any],
+    scaling: float,
+) -> torch.Tensor:
+    """PyTorch's own flash attention over sequences of different lengths.
+
+    Its causal mask is aligned at the last key, which is what a tail behind a start needs.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    keys = arguments["keys"]
+    output = varlen_attn(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1)[keys],
+        value[0].transpose(0, 1)[keys],
+        **{name: x for name, x in arguments.items() if name != "keys"},
+        scale=scaling,
+        window_size=(-1, 0),
+        enable_gqa=True,
+    )
+    assert isinstance(output, torch.Tensor)
+    return output[None]
+
+
+AttentionInterface.register(ATTENTION, attend)
+
+
+def uses_varlen(model: torch.nn.Module) -> bool:
+    """Whether the model computes where flash attention runs: Ampere or newer, in 16 bits."""
+    parameter = next(model.parameters())
+    return (
+        parameter.is_cuda
+        and parameter.dtype in (torch.bfloat16, torch.float16)
+        and torch.cuda.get_device_capability(parameter.device) >= (8, 0)
+    )
 
 
 def packed_logits(
@@ -26,38 +176,35 @@ def packed_logits(
 
     `positions` counts from the start of its sequence. Shape: (all positions together, vocabulary).
     The head is computed for these rows only; of 151,936 columns it would else be the largest part.
+    The model is one that was loaded with the attention `ATTENTION`.
     """
     device = next(model.parameters()).device
-    starts = np.concatenate([[0], np.cumsum([len(tokens) for tokens in sequences])])
-    kept = [starts[i] + p for i, chosen in enumerate(positions) for p in chosen]
+    # What is asked for must lie in a tail.
+    first = min((p for chosen in positions for p in chosen), default=0)
+    start = common_prefix(sequences)[:first]
+    tails = [tokens[len(start) :] for tokens in sequences]
+    packing = pack(len(start), [len(tail) for tail in tails], device, uses_varlen(model))
+    begins = accumulate(packing.lengths[:-1], initial=len(start))
+    kept = [
+        begin + p - len(start)
+        for begin, chosen in zip(begins, positions, strict=True)
+        for p in chosen
+    ]
+    ids = [*start, *(token for tail in tails for token in tail)]
+    places = [*range(len(start)), *(len(start) + i for tail in tails for i in range(len(tail)))]
     return model(
-        input_ids=torch.tensor([[t for tokens in sequences for t in tokens]], device=device),
-        position_ids=torch.tensor([[p for s in sequences for p in range(len(s))]], device=device),
+        input_ids=torch.tensor([ids], device=device),
+        position_ids=torch.tensor([places], device=device),
         logits_to_keep=torch.tensor(kept, device=device),
         use_cache=False,
+        packing=packing,
     ).logits[0]
 
 
-def next_token_logits(model: torch.nn.Module, prompts: Sequence[Tokens]) -> Iterator[np.ndarray]:
+def next_token_logits(model: torch.nn.Module, prompts: Sequence[Tokens]) -> Iterator[Any]:
     """Yield the logits behind each prompt's last token, in order: (vocabulary,), float32."""
     limit = TOKENS_A_PASS[next(model.parameters()).device.type]
     with torch.inference_mode():
         for group in group_by_tokens(prompts, limit, len):
             last = [[len(prompt) - 1] for prompt in group]
             yield from packed_logits(model, group, last).float().cpu().numpy()
-
-
-def group_by_tokens(
-    items: Sequence[Item], limit: int, count_tokens: Callable[[Item], int]
-) -> Iterator[list[Item]]:
-    """Cut items, in order, into groups of at most `limit` tokens or of one item."""
-    group: list[Item] = []
-    tokens = 0
-    for item in items:
-        if group and tokens + count_tokens(item) > limit:
-            yield group
-            group, tokens = [], 0
-        group.append(item)
-        tokens += count_tokens(item)
-    if group:
-        yield group

@@ -79,16 +79,25 @@ class _LogStream:
 
 
 def progress(
-    items: Iterable[Any] | None, *, description: str, unit: str, total: int | None = None
+    items: Iterable[Any] | None,
+    *,
+    description: str,
+    unit: str,
+    total: int | None = None,
+    initial: int = 0,
 ) -> "tqdm[Any]":
-    """Iterate with rate and remaining time: a bar on a terminal, else a line every 15 seconds."""
+    """Iterate with rate and remaining time: a bar on a terminal, else a line every 15 seconds.
+
+    `initial` of the `total` were done by an earlier run.
+    """
+    common: dict[str, Any] = {
+        "desc": description, "unit": f" {unit}", "total": total, "initial": initial,
+    }  # fmt: skip
     if sys.stderr.isatty():
-        return tqdm(items, desc=description, unit=f" {unit}", total=total, dynamic_ncols=True)
+        return tqdm(items, **common, dynamic_ncols=True)
     return tqdm(
         items,
-        desc=description,
-        unit=f" {unit}",
-        total=total,
+        **common,
         file=_LogStream(),
         mininterval=15,
         maxinterval=60,

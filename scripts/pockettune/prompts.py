@@ -5,12 +5,15 @@ token ids: PyTorch is given the ids, llama.cpp the text, so that both are asked 
 and a difference between the two tokenizers shows.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar, overload
 
-import pandas as pd
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from pockettune.errors import UserError
 from pockettune.tasks import Record, Task
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Item = TypeVar("Item")
+
+ROWS_A_BATCH = 1000  # rendered, encoded and written together
 
 
 @dataclass(frozen=True)
@@ -66,24 +71,32 @@ class ExampleMaker:
         self.control_tokens = [str(token) for token in tokenizer.added_tokens_decoder.values()]
         self.answer_ids = {word: encode_answer(tokenizer, word) for word in task.constrain()}
 
-    def make(self, record: Record) -> Example:
-        """Return the record as an example, its text cut at a character if it is too long."""
+    def make(self, records: Iterable[Record]) -> Iterator[Example]:
+        """Yield an example for each record, a text that is too long cut at a character."""
         field = self.task.text_field
-        text = self.defuse(record[field])
-        answer_ids = self.answer_ids[self.task.answer(record)]
-        # The longest answer counts, not this record's: the cut must not give the answer away.
+        # The longest answer counts, not the record's own: the cut must not give the answer away.
         room = self.max_length - max(map(len, self.answer_ids.values()))
-        shortened, prompt, prompt_ids = self._fit({**record, field: text}, room)
-        return Example(
-            id=record["id"],
-            prompt=prompt,
-            prompt_ids=prompt_ids,
-            answer_ids=answer_ids,
-            reference=self.task.answer(record),
-            seen=record.get("seen", False),
-            cut=len(shortened) < len(text),
-            defused=text != record[field],
-        )
+        stream = iter(records)
+        # The tokenizer works on many prompts at once, on all cores.
+        while batch := list(islice(stream, ROWS_A_BATCH)):
+            safe = [{**record, field: self.defuse(record[field])} for record in batch]
+            prompts = [render_prompt(self.tokenizer, self.task, record) for record in safe]
+            encoded = self.tokenizer(prompts, add_special_tokens=False)["input_ids"]
+            for record, shown, prompt, ids in zip(batch, safe, prompts, encoded, strict=True):
+                kept = shown[field]
+                if len(ids) > room:
+                    kept, prompt, ids = self._fit(shown, room)
+                answer = self.task.answer(record)
+                yield Example(
+                    id=record["id"],
+                    prompt=prompt,
+                    prompt_ids=ids,
+                    answer_ids=self.answer_ids[answer],
+                    reference=answer,
+                    seen=record.get("seen", False),
+                    cut=len(kept) < len(shown[field]),
+                    defused=shown[field] != record[field],
+                )
 
     def defuse(self, text: str) -> str:
         """Break control tokens that stand in a text, so that it cannot end the turn it is in."""
@@ -118,22 +131,61 @@ class ExampleMaker:
         return text[: min(end, len(text) - 1)]
 
 
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("prompt", pa.string()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("answer_ids", pa.list_(pa.int32())),
+        ("reference", pa.string()),
+        ("seen", pa.bool_()),
+        ("cut", pa.bool_()),
+        ("defused", pa.bool_()),
+    ]
+)
+
+
 def write_examples(path: Path, examples: Iterable[Example]) -> None:
-    """Write examples as parquet, a column a field."""
-    pd.DataFrame([vars(example) for example in examples]).to_parquet(path, index=False)
+    """Write examples as an Arrow file (pandas.read_feather reads it), as they come."""
+    stream = iter(examples)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
+        while batch := list(islice(stream, ROWS_A_BATCH)):
+            rows = [vars(example) for example in batch]
+            writer.write_batch(pa.RecordBatch.from_pylist(rows, SCHEMA))
 
 
-def read_examples(path: Path) -> list[Example]:
-    """Read what `write_examples` wrote."""
-    rows: list[dict[str, Any]] = pd.read_parquet(path).to_dict("records")  # type: ignore[assignment]
-    for row in rows:
-        row["prompt_ids"] = row["prompt_ids"].tolist()
-        row["answer_ids"] = row["answer_ids"].tolist()
-    return [Example(**row) for row in rows]
+class Examples(Sequence[Example]):
+    """The examples of a file that `write_examples` wrote, read from the disk when asked for.
+
+    The file is mapped into memory, so that a large dataset takes no more of it than a small one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return Example(**self._table.slice(index, 1).to_pylist()[0])
+
+    def count_tokens(self) -> np.ndarray:
+        """Return the tokens of each example, prompt and answer together."""
+        columns = (self._table[name] for name in ("prompt_ids", "answer_ids"))
+        lengths = [pc.list_value_length(column).to_numpy() for column in columns]
+        return lengths[0] + lengths[1]
 
 
-def take_evenly(examples: list[Item], limit: int | None) -> list[Item]:
-    """Return `limit` examples evenly spread over the list, all of them where None or more."""
-    if limit is None or limit >= len(examples):
-        return examples
-    return [examples[index * len(examples) // limit] for index in range(limit)]
+def take_evenly(items: Sequence[Item], limit: int | None) -> list[Item]:
+    """Return `limit` items evenly spread over the sequence, all of them where None or more."""
+    if limit is None or limit >= len(items):
+        return list(items)
+    return [items[index * len(items) // limit] for index in range(limit)]

@@ -86,7 +86,14 @@ def write_records(path: Path, records: list[dict[str, Any]]) -> None:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """Read what `write_records` wrote."""
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield what `write_records` wrote, record by record."""
     with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+        for line in file:
+            yield json.loads(line)
+
+
+def count_records(path: Path) -> int:
+    """Return how many records a file holds."""
+    with path.open("rb") as file:
+        return sum(1 for _ in file)

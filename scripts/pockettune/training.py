@@ -1,0 +1,326 @@
+"""The training loop: batches, loss, validation, early stopping, and going on after a kill.
+
+A loop of our own and not transformers' Trainer: the Trainer pads or wants a flash-attention wheel,
+computes logits for every token, and validates by loss. Schedule, optimizer, mixed precision and
+quantization are the libraries'.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import get_scheduler
+
+from pockettune import checkpoints, metrics, packing, program
+from pockettune.batching import group_by_tokens
+from pockettune.errors import UserError
+from pockettune.prompts import Example
+from pockettune.scoring import score_answers
+from pockettune.tasks import Task
+
+Settings = Mapping[str, Any]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+GRADIENT_NORM_LIMIT = 1.0  # the usual clip; keeps one odd batch from undoing the rest
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What the training computes on, and in which number format."""
+
+    device: str  # cpu, cuda
+    precision: str  # bf16, fp16, fp32
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.precision]
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device, self.dtype, enabled=self.precision != "fp32")
+
+
+@dataclass(frozen=True)
+class Validator:
+    """Scores the model on rows of validation in the way that every later stage is scored."""
+
+    task: Task
+    examples: Sequence[Example]
+    words: Sequence[str]  # the allowed answers
+    answer_ids: Sequence[Sequence[int]]
+    interval: int  # updates between two validations
+
+    def score(self, model: torch.nn.Module, hardware: Hardware) -> dict[str, float]:
+        """Return the task's main metric, and "loss": minus the true answer's mean log probability."""
+        prompts = [example.prompt_ids for example in self.examples]
+        with without_dropout(model), hardware.autocast():
+            logits = partial(packing.next_token_logits, model)
+            scores = score_answers(logits, prompts, self.answer_ids, "validation")
+        predictions = metrics.predict(self.examples, self.words, scores)
+        true = [self.words.index(example.reference) for example in self.examples]
+        return {
+            self.task.metric: metrics.score_predictions(self.task, predictions)[self.task.metric],
+            "loss": -float(scores[np.arange(len(true)), true].mean()),
+        }
+
+
+@contextlib.contextmanager
+def without_dropout(model: torch.nn.Module) -> Iterator[None]:
+    """Switch dropout off while the block runs.
+
+    model.eval() would do more: on a CPU it makes bitsandbytes (0.50) pack 4-bit weights in a format
+    that cannot be trained through any more.
+    """
+    active = [m for m in model.modules() if isinstance(m, torch.nn.Dropout) and m.training]
+    for layer in active:
+        layer.eval()
+    try:
+        yield
+    finally:
+        for layer in active:
+            layer.train()
+
+
+@dataclass
+class TrainingState:
+    """All that an interrupted training needs to go on as if nothing had happened."""
+
+    parameters: dict[str, torch.nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler
+    updates: list[dict[str, float]] = field(default_factory=list)
+    validations: list[dict[str, Any]] = field(default_factory=list)
+    best: dict[str, torch.Tensor] = field(default_factory=dict)  # weights of the best validation
+    seconds: float = 0.0
+    resumed: int = 0  # times that the training went on from a checkpoint
+
+    PLAIN: ClassVar = ("updates", "validations", "best", "seconds", "resumed")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything as `checkpoints.save_checkpoint` takes it."""
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        return {
+            "parameters": {name: p.detach() for name, p in self.parameters.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "random": (torch.get_rng_state(), cuda),
+            **{name: getattr(self, name) for name in self.PLAIN},
+        }
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Take over what `as_dict` returned in a run before."""
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(saved["parameters"][name])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scheduler.load_state_dict(saved["scheduler"])
+        self.scaler.load_state_dict(saved["scaler"])
+        cpu, cuda = saved["random"]
+        torch.set_rng_state(cpu.cpu())
+        if cuda:
+            torch.cuda.set_rng_state_all([state.cpu() for state in cuda])
+        for name in self.PLAIN:
+            setattr(self, name, saved[name])
+        self.resumed += 1
+
+    def add_validation(self, scores: dict[str, float], metric: str) -> None:
+        """Record a validation; keep the weights if it is the best: by metric, then by loss."""
+        self.validations.append({"update": len(self.updates), **scores})
+        if self.best_validation(metric) is self.validations[-1]:
+            self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    def best_validation(self, metric: str) -> dict[str, Any] | None:
+        """Return the best validation so far, the earliest of equals."""
+        return max(self.validations, key=lambda v: (v[metric], -v["loss"]), default=None)
+
+    def has_stopped_improving(self, metric: str, patience: int | None) -> bool:
+        """Whether the last `patience` validations were no better than the best before them."""
+        best = self.best_validation(metric)
+        if patience is None or best is None:
+            return False
+        return len(self.validations) - 1 - self.validations.index(best) >= patience
+
+    def take_best(self) -> None:
+        """Put the weights of the best validation, if there was one, into the model."""
+        with torch.no_grad():
+            for name, weights in self.best.items():
+                self.parameters[name].copy_(weights)
+
+
+def start_training(
+    model: torch.nn.Module, settings: Settings, hardware: Hardware, updates: int
+) -> TrainingState:
+    """Return the state before the first of `updates` updates."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(
+        parameters.values(), lr=settings["learning_rate"], weight_decay=0.0, fused=True
+    )
+    warmup = round(settings["warmup_ratio"] * updates)
+    return TrainingState(
+        parameters,
+        optimizer,
+        get_scheduler(settings["scheduler"], optimizer, warmup, updates),
+        torch.amp.GradScaler(hardware.device, enabled=hardware.precision == "fp16"),
+    )
+
+
+def draw_batches(lengths: Sequence[int] | np.ndarray, settings: Settings) -> list[list[int]]:
+    """Return the rows of every update, each epoch in a new random order.
+
+    `lengths` are the rows' tokens. An update is of batch_size rows, or of as many as have
+    batch_tokens tokens, times gradient_accumulation; the last of an epoch may be smaller.
+    """
+    generator = torch.Generator().manual_seed(settings["seed"])
+    rows, tokens = _pass_limits(settings)
+    accumulated = settings["gradient_accumulation"]
+    remaining = math.ceil(len(lengths) * settings["epochs"])
+    batches: list[list[int]] = []
+    while remaining > 0:
+        order = torch.randperm(len(lengths), generator=generator)[:remaining].tolist()
+        batches += group_by_tokens(
+            order, tokens * accumulated, lambda row: lengths[row], rows and rows * accumulated
+        )
+        remaining -= len(order)
+    return batches
+
+
+def cut_batch(batch: Sequence[Example], settings: Settings, device: str) -> Iterator[list[Example]]:
+    """Cut an update's examples into forward passes that the settings and the hardware allow.
+
+    The gradient does not depend on the cuts.
+    """
+    rows, tokens = _pass_limits(settings)
+    limit = min(tokens, packing.TOKENS_A_PASS[device])
+    return group_by_tokens(batch, limit, lambda e: len(e.prompt_ids) + len(e.answer_ids), rows)
+
+
+def _pass_limits(settings: Settings) -> tuple[int | None, float]:
+    """Return the most rows and the most tokens of a forward pass; one of them sets no limit."""
+    if settings["batch_tokens"]:
+        return None, settings["batch_tokens"]
+    return settings["batch_size"], math.inf
+
+
+def batch_loss(model: torch.nn.Module, examples: Sequence[Example]) -> torch.Tensor:
+    """Return the mean over examples of each one's mean cross-entropy over its answer tokens."""
+    sequences = [[*e.prompt_ids, *e.answer_ids[:-1]] for e in examples]
+    # The token at position p is predicted at p - 1: the answer's first one at the prompt's last.
+    positions = [
+        range(len(e.prompt_ids) - 1, len(s)) for e, s in zip(examples, sequences, strict=True)
+    ]
+    logits = packing.packed_logits(model, sequences, positions)
+    targets = torch.tensor([t for e in examples for t in e.answer_ids], device=logits.device)
+    weights = [1 / len(e.answer_ids) for e in examples for _ in e.answer_ids]
+    losses = cross_entropy(logits.float(), targets, reduction="none")
+    return (losses * torch.tensor(weights, device=logits.device)).sum() / len(examples)
+
+
+def run_updates(
+    model: torch.nn.Module,
+    examples: Sequence[Example],
+    batches: Sequence[Sequence[int]],
+    settings: Settings,
+    hardware: Hardware,
+    validator: Validator | None,
+    scratch: Path,
+    save_every: float,
+) -> TrainingState:
+    """Train to the end, to early stopping, or until asked to stop; go on from a checkpoint.
+
+    Writes a checkpoint to `scratch` every `save_every` seconds and when asked to stop, then ending
+    with status 128 + the signal's number. UserError where the loss is not finite or memory is out.
+    """
+    state = start_training(model, settings, hardware, len(batches))
+    if saved := checkpoints.load_checkpoint(scratch, hardware.device):
+        state.restore(saved)
+        program.logger.info("going on after update %d of %d", len(state.updates), len(batches))
+    metric = validator.task.metric if validator else ""
+    begun = time.perf_counter() - state.seconds
+    last_saved = time.perf_counter()
+    model.train()
+    done = len(state.updates)
+    bar = program.progress(
+        batches[done:], description="training", unit="updates", total=len(batches), initial=done
+    )
+    with checkpoints.StopRequest() as stop, bar:
+        for rows in bar:
+            if validator and state.has_stopped_improving(metric, settings["patience"]):
+                program.logger.info("stopped early: %d validations no better", settings["patience"])
+                break
+            with memory_hint(settings):
+                make_update(model, [examples[row] for row in rows], state, settings, hardware)
+                number = len(state.updates)
+                if validator and (number % validator.interval == 0 or number == len(batches)):
+                    state.add_validation(validator.score(model, hardware), metric)
+                    program.logger.info("update %d: %s", number, state.validations[-1])
+            state.seconds = time.perf_counter() - begun
+            if stop.signal or time.perf_counter() - last_saved >= save_every:
+                checkpoints.save_checkpoint(scratch, state.as_dict())
+                last_saved = time.perf_counter()
+            if stop.signal:
+                program.logger.error(
+                    "stopped by %s after update %d of %d; the same command goes on from there",
+                    stop.signal.name, number, len(batches),
+                )  # fmt: skip
+                raise SystemExit(128 + stop.signal)
+    state.take_best()
+    return state
+
+
+def make_update(
+    model: torch.nn.Module,
+    batch: Sequence[Example],
+    state: TrainingState,
+    settings: Settings,
+    hardware: Hardware,
+) -> None:
+    """Change the parameters once, by the mean loss over `batch`."""
+    loss = torch.zeros((), device=hardware.device)
+    for part in cut_batch(batch, settings, hardware.device):
+        with hardware.autocast():
+            share = batch_loss(model, part) * (len(part) / len(batch))
+        state.scaler.scale(share).backward()
+        loss += share.detach()
+    if not torch.isfinite(loss):
+        raise UserError(
+            f"the loss became {loss.item()} at update {len(state.updates) + 1}: lower"
+            f" train.learning_rate ({settings['learning_rate']}) or set train.precision to fp32"
+        )
+    state.scaler.unscale_(state.optimizer)
+    torch.nn.utils.clip_grad_norm_(state.parameters.values(), GRADIENT_NORM_LIMIT)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad()
+    rate = float(state.scheduler.get_last_lr()[0])
+    state.updates.append({"loss": loss.item(), "learning_rate": rate})
+    state.scheduler.step()
+
+
+@contextlib.contextmanager
+def memory_hint(settings: Settings) -> Iterator[None]:
+    """Turn running out of memory into a line that names the settings to change."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        first_line = (str(error).splitlines() or ["no details"])[0]
+        raise UserError(
+            f"out of memory ({first_line[:200]}): lower train.batch_size ({settings['batch_size']})"
+            " and raise train.gradient_accumulation by as much, set train.gradient_checkpointing to"
+            " true, or lower tokenize.max_length"
+        ) from error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an exception is the allocator's, of a GPU or of the CPU."""
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or "DefaultCPUAllocator" in str(error)
