@@ -1,4 +1,4 @@
-# setup | demo | test | lint | bench. The README gives each in plain commands too.
+# setup | demo | test | lint | bench | bench-train | clean | clean-scratch. The README gives each in plain commands too.
 
 PYTHON ?= python3
 BIN = .venv/bin
@@ -12,7 +12,7 @@ QUICK_BUILD = -DLLAVA_BUILD=OFF -DCMAKE_UNITY_BUILD=ON \
 	-DCMAKE_PROJECT_llama.cpp_INCLUDE='$(CURDIR)/envs/llama_cpp.cmake'
 INSTALL = $(BIN)/python -m pip install --quiet --requirement requirements.txt --constraint constraints.txt
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test lint bench bench-train clean clean-scratch
 
 setup: .venv/installed
 
@@ -40,6 +40,14 @@ lint: setup
 
 bench: setup
 	$(BIN)/python benchmarks/true_scale.py
+
+bench-train: setup
+	$(BIN)/python -m pip install --quiet --requirement benchmarks/requirements.txt --constraint constraints.txt
+	$(BIN)/python benchmarks/training.py
+
+# Checkpoints of trainings that were interrupted and are not wanted any more.
+clean-scratch:
+	rm -rf results/scratch results/*/scratch
 
 clean:
 	rm -rf results/demo resources/demo

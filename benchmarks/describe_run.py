@@ -27,10 +27,11 @@ def describe_run(results: Path) -> str:
         "|---|---|---|---|---|",
     ]
     for name, entry in stages.items():
+        flips = entry["against_f16"]["flips"] if "against_f16" in entry else "–"
+        size = f"{entry['size_bytes'] / 1e6:.1f}" if entry["size_bytes"] else "–"
         unseen = 100 * entry["unseen"].get("accuracy", float("nan"))
         lines.append(
-            f"| {name} | {entry['size_bytes'] / 1e6:.1f} | {100 * entry['accuracy']:.1f} |"
-            f" {unseen:.1f} | {entry['flips_against_f16']} |"
+            f"| {name} | {size} | {100 * entry['accuracy']:.1f} | {unseen:.1f} | {flips} |"
         )
     lines += ["", "| job | time, s | peak memory, MB |", "|---|---|---|"]
     total = 0.0

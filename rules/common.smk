@@ -48,7 +48,8 @@ drop_idle(config)
 set_environment(config["hub"])
 OWN_ADAPTER = config["train"]["adapter"]
 VARIANTS = sorted(config["quantize"])
-STAGES = ["base", "merged", "f16", *VARIANTS]
+STAGES = ["tfidf", "base", "adapter", "merged", "f16", *VARIANTS]
+SPLIT = config["evaluate"]["split"]
 
 
 def settings(*sections):
@@ -144,6 +145,7 @@ JOBS = [
     "import_adapter" if OWN_ADAPTER else "train",
     "merge",
     "convert",
+    "check_parity",
     *[f"quantize_{variant}" for variant in VARIANTS],
     *[f"evaluate_{stage}" for stage in STAGES],
 ]

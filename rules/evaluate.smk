@@ -6,12 +6,48 @@ localrules:
     report,
 
 
+rule evaluate_tfidf:
+    input:
+        program="scripts/evaluate_tfidf.py",
+        modules=modules("scripts/evaluate_tfidf.py"),
+        tokens="<results>/tokens",
+        train="<results>/dataset/train.jsonl",
+        split=f"<results>/dataset/{SPLIT}.jsonl",
+    output:
+        metrics="<results>/metrics/tfidf.json",
+        predictions="<results>/predictions/tfidf.parquet",
+    log:
+        "<results>/logs/evaluate_tfidf.log",
+    benchmark:
+        "<results>/benchmarks/evaluate_tfidf.tsv"
+    conda:
+        "../envs/report.yaml"
+    resources:
+        mem_mb=4000,
+        runtime="1h",
+    params:
+        settings=settings("task", "dataset", "evaluate"),
+        stage="tfidf",
+    shell:
+        "python {input.program:q}"
+        " --settings {params.settings:q}"
+        " --stage {params.stage:q}"
+        " --tokens {input.tokens:q}"
+        " --train {input.train:q}"
+        " --split {input.split:q}"
+        " --metrics {output.metrics:q}"
+        " --predictions {output.predictions:q}"
+        " --log {log:q}"
+
+
 rule evaluate_base:
     input:
         program="scripts/evaluate_model.py",
         modules=modules("scripts/evaluate_model.py"),
         model=BASE_MODEL,
+        adapter=[],
         tokens="<results>/tokens",
+        reference=[],
     output:
         metrics="<results>/metrics/base.json",
         predictions="<results>/predictions/base.parquet",
@@ -33,11 +69,33 @@ rule evaluate_base:
         " --settings {params.settings:q}"
         " --stage {params.stage:q}"
         " --model {input.model:q}"
+        " --adapter {input.adapter:q}"
         " --tokens {input.tokens:q}"
+        " --reference {input.reference:q}"
         " --threads {threads}"
         " --metrics {output.metrics:q}"
         " --predictions {output.predictions:q}"
         " --log {log:q}"
+
+
+use rule evaluate_base as evaluate_adapter with:
+    input:
+        program="scripts/evaluate_model.py",
+        modules=modules("scripts/evaluate_model.py"),
+        model=BASE_MODEL,
+        adapter="<results>/adapter",
+        tokens="<results>/tokens",
+        reference="<results>/logits/f16.npy",
+    output:
+        metrics="<results>/metrics/adapter.json",
+        predictions="<results>/predictions/adapter.parquet",
+    log:
+        "<results>/logs/evaluate_adapter.log",
+    benchmark:
+        "<results>/benchmarks/evaluate_adapter.tsv"
+    params:
+        settings=settings("task", "dataset", "evaluate"),
+        stage="adapter",
 
 
 use rule evaluate_base as evaluate_merged with:
@@ -45,7 +103,9 @@ use rule evaluate_base as evaluate_merged with:
         program="scripts/evaluate_model.py",
         modules=modules("scripts/evaluate_model.py"),
         model="<results>/merged",
+        adapter=[],
         tokens="<results>/tokens",
+        reference="<results>/logits/f16.npy",
     output:
         metrics="<results>/metrics/merged.json",
         predictions="<results>/predictions/merged.parquet",
@@ -58,21 +118,22 @@ use rule evaluate_base as evaluate_merged with:
         stage="merged",
 
 
-rule evaluate_gguf:
+# Its answers over the whole vocabulary are kept: the other stages are compared with them.
+rule evaluate_f16:
     input:
         program="scripts/evaluate_gguf.py",
         modules=modules("scripts/evaluate_gguf.py"),
-        gguf="<results>/{stage}.gguf",
+        gguf="<results>/f16.gguf",
         tokens="<results>/tokens",
+        reference=[],
     output:
-        metrics="<results>/metrics/{stage}.json",
-        predictions="<results>/predictions/{stage}.parquet",
+        metrics="<results>/metrics/f16.json",
+        predictions="<results>/predictions/f16.parquet",
+        reference="<results>/logits/f16.npy",
     log:
-        "<results>/logs/evaluate_{stage}.log",
+        "<results>/logs/evaluate_f16.log",
     benchmark:
-        "<results>/benchmarks/evaluate_{stage}.tsv"
-    wildcard_constraints:
-        stage="|".join(["f16", *VARIANTS]),
+        "<results>/benchmarks/evaluate_f16.tsv"
     conda:
         "../envs/llama_cpp.yaml"
     threads: 4
@@ -81,15 +142,68 @@ rule evaluate_gguf:
         runtime="2h",
     params:
         settings=settings("task", "dataset", "evaluate"),
+        stage="f16",
     shell:
         "python {input.program:q}"
         " --settings {params.settings:q}"
-        " --stage {wildcards.stage:q}"
+        " --stage {params.stage:q}"
         " --model {input.gguf:q}"
         " --tokens {input.tokens:q}"
+        " --reference {input.reference:q}"
+        " --write-reference {output.reference:q}"
         " --threads {threads}"
         " --metrics {output.metrics:q}"
         " --predictions {output.predictions:q}"
+        " --log {log:q}"
+
+
+use rule evaluate_f16 as evaluate_variant with:
+    input:
+        program="scripts/evaluate_gguf.py",
+        modules=modules("scripts/evaluate_gguf.py"),
+        gguf="<results>/{variant}.gguf",
+        tokens="<results>/tokens",
+        reference="<results>/logits/f16.npy",
+    output:
+        metrics="<results>/metrics/{variant}.json",
+        predictions="<results>/predictions/{variant}.parquet",
+        reference=[],
+    log:
+        "<results>/logs/evaluate_{variant}.log",
+    benchmark:
+        "<results>/benchmarks/evaluate_{variant}.tsv"
+    wildcard_constraints:
+        variant="|".join(VARIANTS),
+    params:
+        settings=settings("task", "dataset", "evaluate"),
+        stage="{variant}",
+
+
+# Not beside other jobs: it measures time. (On a cluster each job has its cores to itself.)
+rule measure_speed:
+    input:
+        program="scripts/measure_speed.py",
+        modules=modules("scripts/measure_speed.py"),
+        gguf="<results>/{file}.gguf",
+    output:
+        speed="<results>/speed/{file}.json",
+    log:
+        "<results>/logs/measure_speed_{file}.log",
+    benchmark:
+        "<results>/benchmarks/measure_speed_{file}.tsv"
+    wildcard_constraints:
+        file="|".join(["f16", *VARIANTS]),
+    conda:
+        "../envs/llama_cpp.yaml"
+    threads: workflow.cores or 4
+    resources:
+        mem_mb=4000,
+        runtime="30m",
+    shell:
+        "python {input.program:q}"
+        " --model {input.gguf:q}"
+        " --threads {threads}"
+        " --output {output.speed:q}"
         " --log {log:q}"
 
 
@@ -97,23 +211,34 @@ rule compare:
     input:
         program="scripts/compare_stages.py",
         modules=modules("scripts/compare_stages.py"),
+        records=f"<results>/dataset/{SPLIT}.jsonl",
         metrics=expand("<results>/metrics/{stage}.json", stage=STAGES),
         predictions=expand("<results>/predictions/{stage}.parquet", stage=STAGES),
     output:
         json="<results>/metrics.json",
-        csv="<results>/metrics.csv",
+        csv=report(
+            "<results>/metrics.csv",
+            caption="../report/metrics.rst",
+            category="Metrics",
+        ),
+        flips="<results>/flips.json",
     log:
         "<results>/logs/compare.log",
     benchmark:
         "<results>/benchmarks/compare.tsv"
     conda:
         "../envs/report.yaml"
+    params:
+        settings=settings("task", "dataset"),
     shell:
         "python {input.program:q}"
+        " --settings {params.settings:q}"
+        " --records {input.records:q}"
         " --metrics {input.metrics:q}"
         " --predictions {input.predictions:q}"
         " --json {output.json:q}"
         " --csv {output.csv:q}"
+        " --flips {output.flips:q}"
         " --log {log:q}"
 
 
@@ -121,15 +246,23 @@ rule report:
     input:
         program="scripts/write_report.py",
         modules=modules("scripts/write_report.py"),
-        template="report/report.html.j2",
+        templates=["report/report.html.j2", "report/card.md.j2"],
         metrics="<results>/metrics.json",
+        flips="<results>/flips.json",
+        parity="<results>/parity.json",
+        speed=expand("<results>/speed/{file}.json", file=["f16", *VARIANTS]),
         audit="<results>/dataset/audit.json",
         tokens="<results>/tokens",
         adapter="<results>/adapter",
         base=BASE_MODEL,
         benchmarks=expand("<results>/benchmarks/{job}.tsv", job=JOBS),
     output:
-        html="<results>/report.html",
+        html=report(
+            "<results>/report.html",
+            caption="../report/page.rst",
+            category="Report",
+        ),
+        card="<results>/card.md",
     log:
         "<results>/logs/report.log",
     benchmark:
@@ -141,12 +274,16 @@ rule report:
     shell:
         "python {input.program:q}"
         " --settings {params.settings:q}"
-        " --template {input.template:q}"
+        " --templates {input.templates:q}"
         " --metrics {input.metrics:q}"
+        " --flips {input.flips:q}"
+        " --parity {input.parity:q}"
+        " --speed {input.speed:q}"
         " --audit {input.audit:q}"
         " --tokens {input.tokens:q}"
         " --adapter {input.adapter:q}"
         " --base {input.base:q}"
         " --benchmarks {input.benchmarks:q}"
-        " --output {output.html:q}"
+        " --html {output.html:q}"
+        " --card {output.card:q}"
         " --log {log:q}"

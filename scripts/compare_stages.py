@@ -1,48 +1,127 @@
-"""Put the metrics of all stages side by side.
+"""Put the metrics of all stages side by side, and pair their answers row by row.
 
-Input   metrics JSON and predictions parquet of every stage, in the same order
+Input   metrics JSON and predictions parquet of every stage, in the order of the DAG
 Output  metrics.json: {"stages": {stage: {n, accuracy, macro_f1, unseen, size_bytes, …}}}, with
-        flips_against_f16: rows whose prediction is not that of the F16 file
+        interval: of the accuracy; calibration_error; against_before, against_f16, against_tfidf:
+        rows lost and gained, McNemar's p, difference of accuracy and its interval, on all rows and on
+        unseen ones; kl_labels: from F16, over the allowed answers
+        flips.json: the rows whose answer a file changed against F16
         metrics.csv: a row a stage, the numbers that fit one
 """
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from pockettune import program
+from pockettune.evaluation import describe_divergence
+from pockettune.records import read_records
+from pockettune.statistics import (
+    bootstrap_interval,
+    calibration_error,
+    compare_paired,
+    kl_divergence,
+    normalise,
+)
+from pockettune.tasks import load_task
 
-REFERENCE = "f16"
+BASELINE, REFERENCE = "tfidf", "f16"
 
 
-def compare_stages(metrics: list[Path], predictions: list[Path]) -> dict[str, Any]:
-    """Return the stages' metrics under their names, with their flips against F16."""
-    loaded = [program.read_json(path) for path in metrics]
-    answers = {
-        entry["stage"]: pd.read_parquet(path).set_index("id")["prediction"]
-        for entry, path in zip(loaded, predictions, strict=True)
-    }
+def compare_stages(
+    metrics: dict[str, dict[str, Any]], predictions: dict[str, pd.DataFrame]
+) -> dict[str, Any]:
+    """Return the stages' metrics under their names, each paired with the stages it stems from."""
     stages = {}
-    for entry in loaded:
-        name = entry.pop("stage")
-        flips = int((answers[name] != answers[REFERENCE]).sum()) if REFERENCE in answers else None
-        stages[name] = {**entry, "flips_against_f16": flips}
+    names = list(predictions)
+    for place, name in enumerate(names):
+        # Every variant is made of F16; any other stage of the one before it.
+        after_reference = REFERENCE in names and place > names.index(REFERENCE)
+        before = REFERENCE if after_reference else names[max(place - 1, 0)]
+        table, entry = predictions[name], {**metrics[name]}
+        entry["interval"] = bootstrap_interval(is_right(table).astype(float))
+        entry["calibration_error"] = calibration_error(confidence(table), is_right(table))
+        if before not in (name, BASELINE):
+            entry["against_before"] = {"stage": before, **pair(predictions[before], table)}
+        for key, other in (("against_f16", REFERENCE), ("against_tfidf", BASELINE)):
+            if other in predictions and other != name:
+                entry[key] = pair(predictions[other], table)
+        if REFERENCE in predictions and name not in (REFERENCE, BASELINE):
+            divergence = kl_divergence(
+                label_probabilities(predictions[REFERENCE]), label_probabilities(table)
+            )
+            entry["kl_labels"] = describe_divergence(divergence)
+        stages[name] = entry
     return {"stages": stages}
 
 
+def pair(before: pd.DataFrame, after: pd.DataFrame) -> dict[str, Any]:
+    """Compare two stages' answers to the same rows, and to those that do not stand in train."""
+    if before["id"].tolist() != after["id"].tolist():
+        raise ValueError("the stages were scored on different rows")
+    unseen = ~after["seen"].to_numpy()
+    return {
+        "flips": int((before["prediction"] != after["prediction"]).sum()),
+        **compare_paired(is_right(before), is_right(after)),
+        "unseen": compare_paired(is_right(before)[unseen], is_right(after)[unseen])
+        if unseen.any()
+        else None,
+    }
+
+
+def is_right(table: pd.DataFrame) -> np.ndarray:
+    return (table["prediction"] == table["reference"]).to_numpy()
+
+
+def label_probabilities(table: pd.DataFrame) -> np.ndarray:
+    """Return log probabilities (rows, answers) among the allowed answers alone."""
+    columns = [column for column in table if str(column).startswith("log_probability_")]
+    return normalise(table[columns].to_numpy())
+
+
+def confidence(table: pd.DataFrame) -> np.ndarray:
+    """Return the probability of each row's answer among the allowed ones."""
+    return np.exp(label_probabilities(table).max(axis=1))
+
+
+def list_flips(
+    predictions: dict[str, pd.DataFrame], texts: dict[str, str]
+) -> dict[str, list[dict[str, Any]]]:
+    """Return each file's rows whose answer is not F16's: id, text, right answer, before, after."""
+    if REFERENCE not in predictions:
+        return {}
+    flips = {}
+    f16 = predictions[REFERENCE]
+    for name, table in list(predictions.items())[list(predictions).index(REFERENCE) + 1 :]:
+        changed = np.flatnonzero(f16["prediction"] != table["prediction"])
+        flips[name] = [
+            {
+                "id": table["id"][row],
+                "text": texts[table["id"][row]],
+                "reference": table["reference"][row],
+                "f16": f16["prediction"][row],
+                "now": table["prediction"][row],
+            }
+            for row in changed
+        ]
+    return flips
+
+
 def as_table(compared: dict[str, Any]) -> pd.DataFrame:
-    """Return the numbers of one stage a row, those of the unseen rows beside those of all."""
+    """Return the numbers of one stage a row, those of sections under the section's name."""
     rows = []
     for name, entry in compared["stages"].items():
-        plain = {key: value for key, value in entry.items() if isinstance(value, int | float)}
-        unseen = {
-            f"unseen_{key}": value
-            for key, value in entry["unseen"].items()
-            if isinstance(value, int | float)
-        }
-        rows.append({"stage": name, **plain, **unseen})
+        row: dict[str, Any] = {"stage": name}
+        for key, value in entry.items():
+            inner = value.items() if isinstance(value, dict) else [("", value)]
+            for part, number in inner:
+                if isinstance(number, int | float):
+                    row[f"{key}_{part}" if part else key] = number
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
@@ -50,13 +129,23 @@ def main() -> None:
     parser = program.argument_parser(__doc__)
     parser.add_argument("--metrics", type=Path, nargs="+", required=True)
     parser.add_argument("--predictions", type=Path, nargs="+", required=True)
+    parser.add_argument("--settings", type=json.loads, required=True, help="sections task, dataset")
+    parser.add_argument("--records", type=Path, required=True, help="records of the scored split")
     parser.add_argument("--json", type=Path, required=True, help="metrics.json to write")
     parser.add_argument("--csv", type=Path, required=True, help="metrics.csv to write")
+    parser.add_argument("--flips", type=Path, required=True, help="flips.json to write")
 
     def work(arguments: argparse.Namespace) -> None:
-        compared = compare_stages(arguments.metrics, arguments.predictions)
+        loaded = [program.read_json(path) for path in arguments.metrics]
+        metrics = {entry.pop("stage"): entry for entry in loaded}
+        tables = map(pd.read_parquet, arguments.predictions)
+        predictions = dict(zip(metrics, tables, strict=True))
+        compared = compare_stages(metrics, predictions)
         with program.staged(arguments.csv) as partial:
             as_table(compared).to_csv(partial, index=False)
+        task = load_task(arguments.settings["task"], arguments.settings["dataset"])
+        texts = {r["id"]: r[task.text_field] for r in read_records(arguments.records)}
+        program.write_json(arguments.flips, list_flips(predictions, texts))
         program.write_json(arguments.json, compared)
         program.logger.info("metrics of %d stages in %s", len(compared["stages"]), arguments.json)
 

@@ -1,5 +1,8 @@
 """Convert the merged model to a GGUF file with 16-bit weights, with llama.cpp's own converter.
 
+The file explains itself: base model, dataset, licence and languages stand in its general.* metadata,
+the task's prompt and labels in pockettune.*; quantizing carries them on.
+
 Input   a model folder; the folder that fetch_converter.py made
 Output  f16.gguf
 """
@@ -9,7 +12,7 @@ import json
 import logging
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,30 +33,79 @@ PRE_TOKENIZERS = {
 }
 
 
-def convert_model(model: Path, converter: Path, name: str, output: Path) -> None:
+def convert_model(model: Path, converter: Path, settings: Mapping[str, Any], output: Path) -> None:
     """Write `model` as an F16 GGUF file and read it back."""
     with program.staged(output) as partial:
-        run_converter(model, converter, name, partial)
+        run_converter(model, converter, settings, partial)
         names = [name for file in weight_files(model) for name in read_header(file)]
         check_tensors(partial, expected=len(names))
     program.logger.info("%s: %d tensors, %.1f MB", output, len(names), output.stat().st_size / 1e6)
 
 
-def run_converter(model: Path, converter: Path, name: str, output: Path) -> None:
+def run_converter(model: Path, converter: Path, settings: Mapping[str, Any], output: Path) -> None:
     """Run convert_hf_to_gguf.py in this process, teaching it tokenizers of one's own."""
     sys.path[:0] = [str(converter), str(converter / "gguf-py")]
     import conversion.base  # type: ignore[import-not-found]
+    import gguf
 
     text_model = conversion.base.TextModel
     recognise = named_by_pattern(model, text_model.get_vocab_base_pre)
     arguments = ["convert_hf_to_gguf.py", str(model), "--outtype", "f16",
-                 "--outfile", str(output), "--model-name", name]  # fmt: skip
+                 "--outfile", str(output)]  # fmt: skip
     with (
+        mock.patch.object(gguf.Metadata, "load", lambda *_, **__: lineage(settings)),
+        mock.patch.object(
+            gguf.Metadata, "set_gguf_meta_model", with_task(gguf.Metadata, settings["task"])
+        ),
         mock.patch.object(text_model, "get_vocab_base_pre", recognise),
         mock.patch.object(sys, "argv", arguments),
         mock.patch.object(logging, "basicConfig"),  # our handlers stay
     ):
         runpy.run_path(str(converter / "convert_hf_to_gguf.py"), run_name="__main__")
+
+
+def lineage(settings: Mapping[str, Any]) -> Any:
+    """Return the general.* metadata, instead of what the converter guesses from folder names."""
+    import gguf
+
+    model, dataset, card = (settings[section] for section in ("model", "dataset", "card"))
+    base = model["path"] or model["name"]
+    base_model = {"name": Path(base).name}
+    if model["name"]:
+        base_model |= {
+            "organization": base.split("/")[0],
+            "version": model["revision"],
+            "repo_url": f"https://huggingface.co/{base}",
+        }
+    data = {"name": dataset["name"] or "local files"}
+    if dataset["name"]:
+        data |= {
+            "version": dataset["revision"],
+            "repo_url": f"https://huggingface.co/datasets/{dataset['name']}",
+        }
+    return gguf.Metadata(
+        name=f"{base_model['name']}, {settings['task']['type']}",
+        finetune=settings["task"]["type"],
+        license=card["license"],
+        languages=card["languages"],
+        tags=["text-generation", settings["task"]["type"]],
+        base_models=[base_model],
+        datasets=[data],
+    )
+
+
+def with_task(metadata: Any, task: Mapping[str, Any]) -> Callable[..., None]:
+    """Return the converter's writing of metadata, which then writes the task's keys too."""
+    write = metadata.set_gguf_meta_model
+
+    def write_all(self: Any, writer: Any) -> None:
+        write(self, writer)
+        for key in ("type", "system", "prompt"):
+            writer.add_string(f"pockettune.task.{key}", task[key])
+        for key, values in (("values", list(task["labels"])), ("labels", list(task["labels"].values()))):  # fmt: skip
+            writer.add_array(f"pockettune.task.{key}", values)
+
+    return write_all
 
 
 def named_by_pattern(model: Path, by_checksum: Callable[..., str]) -> Callable[..., str]:
@@ -87,11 +139,13 @@ def main() -> None:
     parser = program.argument_parser(__doc__)
     parser.add_argument("--model", type=Path, required=True, help="merged model's folder")
     parser.add_argument("--converter", type=Path, required=True, help="folder of the converter")
-    parser.add_argument("--name", required=True, help="general.name to write into the file")
+    parser.add_argument(
+        "--settings", type=json.loads, required=True, help="sections model, dataset, task, card"
+    )
     parser.add_argument("--output", type=Path, required=True, help="GGUF file to write")
 
     def work(a: argparse.Namespace) -> None:
-        convert_model(a.model, a.converter, a.name, a.output)
+        convert_model(a.model, a.converter, a.settings, a.output)
 
     program.run(parser, work)
 

@@ -1,45 +1,36 @@
 """Score a GGUF file on the evaluation rows, in llama.cpp, the runtime that will serve it.
 
-Input   a GGUF file; the folder tokens/
-Output  metrics JSON; predictions parquet
+Input   a GGUF file; the folder tokens/; F16's answers over the whole vocabulary, to compare with
+Output  metrics JSON; predictions parquet; for F16 itself, its answers over the whole vocabulary
 """
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
-import numpy as np
+import argparse
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from pockettune import evaluation
-from pockettune.gguf_files import describe_tensors
+from pockettune.gguf_files import describe_file
 from pockettune.llama import LlamaModel
 from pockettune.metrics import provenance
 from pockettune.prompts import Example
-from pockettune.scoring import score_answers
 
 
-def score_gguf(
-    path: Path,
-    examples: Sequence[Example],
-    answers: Sequence[Sequence[int]],
-    stage: str,
-    threads: int,
-) -> tuple[np.ndarray, dict[str, Any]]:
-    """Return log probabilities (examples, answers) and what the file stores.
-
-    llama.cpp tokenizes the prompts itself, as it will on the phone.
-    """
-    with LlamaModel(path, threads) as model:
+@contextmanager
+def open_gguf(
+    arguments: argparse.Namespace, examples: Sequence[Example]
+) -> Iterator[evaluation.Runtime]:
+    """Open the file; llama.cpp tokenizes the prompts itself, as it will on the phone."""
+    with LlamaModel(arguments.model, arguments.threads) as model:
         prompts = [model.tokenize(example.prompt) for example in examples]
-        scores = score_answers(model.next_token_logits, prompts, answers, stage)
-    differing = sum(a != e.prompt_ids for a, e in zip(prompts, examples, strict=True))
-    return scores, {
-        "size_bytes": path.stat().st_size,
-        "stored": describe_tensors(path),
-        "prompts_tokenized_otherwise": differing,
-        "provenance": provenance("llama-cpp-python"),
-    }
+        differing = sum(a != e.prompt_ids for a, e in zip(prompts, examples, strict=True))
+        facts = {
+            "size_bytes": arguments.model.stat().st_size,
+            "stored": describe_file(arguments.model),
+            "prompts_tokenized_otherwise": differing,
+            "provenance": provenance("llama-cpp-python"),
+        }
+        yield evaluation.Runtime(model.next_token_logits, prompts, model.vocabulary_size, facts)
 
 
 if __name__ == "__main__":
-    evaluation.run(__doc__, score_gguf)
+    evaluation.run(__doc__, open_gguf)

@@ -1,15 +1,15 @@
-"""Score a model in PyTorch on the evaluation rows: the base model, or the merged one.
+"""Score a model in PyTorch on the evaluation rows: the base model, with its adapter, or merged.
 
-Input   a model folder; the folder tokens/
+Input   a model folder, an adapter folder to lay over it; the folder tokens/; F16's answers over the
+        whole vocabulary, to compare with
 Output  metrics JSON; predictions parquet
 """
 
-from collections.abc import Sequence
+import argparse
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
 from pockettune import evaluation
@@ -17,28 +17,31 @@ from pockettune.metrics import provenance
 from pockettune.models import load_model, weight_files
 from pockettune.packing import ATTENTION, next_token_logits
 from pockettune.prompts import Example
-from pockettune.scoring import score_answers
 
 
-def score_model(
-    folder: Path,
-    examples: Sequence[Example],
-    answers: Sequence[Sequence[int]],
-    stage: str,
-    threads: int,
-) -> tuple[np.ndarray, dict[str, Any]]:
-    """Return log probabilities (examples, answers) and what is known of the model."""
-    torch.set_num_threads(threads)
+@contextmanager
+def open_model(
+    arguments: argparse.Namespace, examples: Sequence[Example]
+) -> Iterator[evaluation.Runtime]:
+    """Load the model in fp32, which holds what is stored in 16 bits exactly."""
+    torch.set_num_threads(arguments.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    # fp32 holds what is stored in 16 bits exactly: this is the reference for what follows.
-    model = load_model(folder, attention=ATTENTION, dtype=torch.float32).to(device).eval()
-    prompts = [example.prompt_ids for example in examples]
-    scores = score_answers(partial(next_token_logits, model), prompts, answers, stage)
-    return scores, {
-        "size_bytes": sum(path.stat().st_size for path in weight_files(folder)),
+    model = load_model(arguments.model, attention=ATTENTION, dtype=torch.float32)
+    vocabulary_size = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    files = weight_files(arguments.model)
+    if arguments.adapter:
+        from peft import PeftModel  # here, so that what it says at import goes into the log
+
+        model = PeftModel.from_pretrained(model, arguments.adapter)
+        files += weight_files(arguments.adapter)
+    model = model.to(device).eval()
+    facts = {
+        "size_bytes": sum(path.stat().st_size for path in files),
         "provenance": provenance("torch", "transformers"),
     }
+    prompts = [example.prompt_ids for example in examples]
+    yield evaluation.Runtime(partial(next_token_logits, model), prompts, vocabulary_size, facts)
 
 
 if __name__ == "__main__":
-    evaluation.run(__doc__, score_model)
+    evaluation.run(__doc__, open_model, options=["--adapter"])

@@ -11,7 +11,6 @@ import argparse
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 
 from pockettune import program
 from pockettune.errors import UserError
@@ -22,6 +21,8 @@ FP16_MAX = torch.finfo(torch.float16).max
 
 def merge_adapter(base: Path, adapter: Path, output: Path) -> None:
     """Merge in fp32, round once to fp16, and write the model folder."""
+    from peft import PeftModel  # here, so that what it says at import goes into the log
+
     model = load_model(base, dtype=torch.float32)
     try:
         merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from pockettune import program
 from pockettune.errors import UserError
-from pockettune.gguf_files import describe_tensors
+from pockettune.gguf_files import describe_file
 from pockettune.llama import start_backend
 
 
@@ -46,7 +46,7 @@ def quantize_model(recipe: Mapping[str, Any], source: Path, threads: int, output
             raise UserError(
                 f"llama.cpp could not quantize {source} to {recipe['type']}; see the log"
             )
-        stored = describe_tensors(partial)
+        stored = describe_file(partial)
     program.logger.info(
         "%s: %.1f MB, %.2f bits a weight, %s",
         output, output.stat().st_size / 1e6, stored["bits_per_weight"],

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BitsAndBytesConfig, set_seed
+from transformers import set_seed
 
 from pockettune import checkpoints, metrics, packing, program
 from pockettune.adapters import add_adapter
@@ -143,6 +143,8 @@ def load_base(base: Path, train: Mapping[str, Any], hardware: Hardware) -> torch
     """Load the frozen base, in 4 bits if asked."""
     options: dict[str, Any] = {"dtype": hardware.dtype, "attention": packing.ATTENTION}
     if train["quantization"] == "nf4":
+        from transformers import BitsAndBytesConfig  # here: what bitsandbytes says goes to the log
+
         options["device_map"] = hardware.device
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,

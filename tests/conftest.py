@@ -1,5 +1,6 @@
 """Fixtures: a model small enough for every test, and one run of the demo for those that need all."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -18,6 +19,16 @@ os.environ |= {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "0",
 }
+
+# What convert_model.py writes into a file beside its weights.
+LINEAGE = json.dumps(
+    {
+        "model": {"name": "somebody/tiny", "revision": "main", "path": None},
+        "dataset": {"name": None, "revision": None},
+        "task": {"type": "classification", "system": "", "prompt": "{text}", "labels": {"0": "差", "1": "好"}},
+        "card": {"license": "apache-2.0", "languages": ["zh"]},
+    }
+)  # fmt: skip
 
 Snakemake = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -10,10 +10,10 @@ import torch
 from gguf.quants import dequantize
 from safetensors.torch import load_file, save_file
 
-from conftest import CONVERTER, run_program
+from conftest import CONVERTER, LINEAGE, run_program
 from pockettune.batching import common_prefix, group_by_tokens
 from pockettune.errors import UserError
-from pockettune.gguf_files import check_tensors, describe_tensors
+from pockettune.gguf_files import check_tensors, describe_file
 from pockettune.llama import PROMPTS_A_BATCH, LlamaModel
 from pockettune.models import load_model, load_tokenizer
 from pockettune.packing import ATTENTION, next_token_logits
@@ -33,7 +33,7 @@ TEXTS = ["房间很干净。", "服务很差！\n\n  两个空格", "😀 emoji,
 def f16(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("gguf") / "f16.gguf"
     result = run_program("convert_model.py", "--model", tiny_model, "--converter", CONVERTER,
-                         "--name", "tiny", "--output", path)  # fmt: skip
+                         "--settings", LINEAGE, "--output", path)  # fmt: skip
     assert result.returncode == 0, result.stdout
     return path
 
@@ -78,7 +78,7 @@ def test_f16_stores_the_merged_weights(tiny_model: Path, f16: Path) -> None:
 
 
 def test_q4_k_m_holds_k_quants_within_their_error(f16: Path, q4_k_m: Path) -> None:
-    stored = describe_tensors(q4_k_m)
+    stored = describe_file(q4_k_m)
     assert {"Q4_K", "Q6_K", "F32"} <= stored["tensor_types"].keys()
     assert 4.5 < stored["bits_per_weight"] < 6
     exact = {tensor.name: tensor for tensor in gguf.GGUFReader(f16).tensors}
@@ -87,6 +87,25 @@ def test_q4_k_m_holds_k_quants_within_their_error(f16: Path, q4_k_m: Path) -> No
         error = np.abs(dequantize(tensor.data, tensor.tensor_type) - weights).max()
         bound = QUANTIZATION_BOUND[tensor.tensor_type.name] * np.abs(weights).max()
         assert error <= bound, (tensor.name, tensor.tensor_type.name, error, bound)
+
+
+def test_files_explain_themselves(f16: Path, q4_k_m: Path) -> None:
+    for path in (f16, q4_k_m):
+        metadata = describe_file(path)["metadata"]
+        assert metadata["general.base_model.0.name"] == "tiny"
+        assert metadata["general.base_model.0.repo_url"] == "https://huggingface.co/somebody/tiny"
+        assert metadata["general.dataset.0.name"] == "local files"
+        assert metadata["general.license"] == "apache-2.0"
+        assert metadata["general.languages"] == ["zh"]
+        assert metadata["pockettune.task.prompt"] == "{text}"
+        assert metadata["pockettune.task.labels"] == ["差", "好"]
+
+
+def test_what_fell_back_is_told(tiny_model: Path, q4_k_m: Path, tmp_path: Path) -> None:
+    """The tiny model is 256 wide: nothing falls back. Narrowed to 128, nearly everything does."""
+    assert describe_file(q4_k_m)["fallback_share"] == 0
+    stored = describe_file(q4_k_m)
+    assert 0 < stored["embedding_share"] < 0.5 and stored["embedding_type"] == "Q6_K"
 
 
 def test_scoring_twice_gives_the_same_bytes(tiny_model: Path, q4_k_m: Path) -> None:
@@ -123,7 +142,7 @@ def test_untied_model_is_noticed(tiny_model: Path, f16: Path, tmp_path: Path) ->
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
     save_file(weights, untied / "model.safetensors", metadata={"format": "pt"})
     result = run_program("convert_model.py", "--model", untied, "--converter", CONVERTER,
-                         "--name", "x", "--output", tmp_path / "x.gguf")  # fmt: skip
+                         "--settings", LINEAGE, "--output", tmp_path / "x.gguf")  # fmt: skip
     assert result.returncode == 0, result.stdout
     with pytest.raises(UserError, match=r"has an output\.weight of its own"):
         check_tensors(tmp_path / "x.gguf", expected=len(weights) - 1)
@@ -135,7 +154,7 @@ def test_unknown_pre_tokenizer_is_named(tiny_model: Path, tmp_path: Path) -> Non
     text = (other / "tokenizer.json").read_text().replace(r"|\\p{N}|", r"|\\p{N}{1,7}|")
     (other / "tokenizer.json").write_text(text)
     result = run_program("convert_model.py", "--model", other, "--converter", CONVERTER,
-                         "--name", "x", "--output", tmp_path / "x.gguf")  # fmt: skip
+                         "--settings", LINEAGE, "--output", tmp_path / "x.gguf")  # fmt: skip
     assert result.returncode == 2
     assert "llama.cpp does not know its pre-tokenizer" in result.stdout.splitlines()[-1]
     assert not (tmp_path / "x.gguf").exists()

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ from conftest import run_snakemake
 DEMO = ("--configfile", "runs/demo.yaml")
 
 AFTER_EVALUATION = {"compare": 1, "report": 1, "all": 1}
-EVALUATION = {"evaluate_base": 1, "evaluate_merged": 1, "evaluate_gguf": 3, **AFTER_EVALUATION}
-ONE_VARIANT = {"quantize": 1, "evaluate_gguf": 1, **AFTER_EVALUATION}
-FROM_CONVERT = {"convert": 1, "quantize": 2, "evaluate_gguf": 3, **AFTER_EVALUATION}
-FROM_MERGE = {"merge": 1, "evaluate_merged": 1, **FROM_CONVERT}
+COMPARED_WITH_F16 = {"evaluate_f16": 1, "evaluate_adapter": 1, "evaluate_merged": 1, "evaluate_variant": 2}  # fmt: skip
+EVALUATION = {"evaluate_tfidf": 1, "evaluate_base": 1, **COMPARED_WITH_F16, **AFTER_EVALUATION}
+ONE_VARIANT = {"quantize": 1, "measure_speed": 1, "evaluate_variant": 1, **AFTER_EVALUATION}
+FROM_CONVERT = {"convert": 1, "check_parity": 1, "quantize": 2, "measure_speed": 3, **COMPARED_WITH_F16, **AFTER_EVALUATION}  # fmt: skip
+FROM_MERGE = {"merge": 1, **FROM_CONVERT}
 FROM_TRAIN = {"train": 1, **FROM_MERGE}
-FROM_TOKENIZE = {"tokenize": 1, "evaluate_base": 1, **FROM_TRAIN}
+FROM_TOKENIZE = {"tokenize": 1, "evaluate_base": 1, "evaluate_tfidf": 1, **FROM_TRAIN}
 FROM_DATASET = {"fetch_dataset": 1, **FROM_TOKENIZE}
 
 
@@ -57,13 +59,18 @@ def checkout(finished_demo: Path) -> Iterator[Path]:
 def test_demo_learns_and_keeps_what_it_learned(finished_demo: Path) -> None:
     results = finished_demo / "results/demo"
     stages = json.loads((results / "metrics.json").read_text())["stages"]
-    assert list(stages) == ["base", "merged", "f16", "q4_k_m", "q8_0"]
+    assert list(stages) == ["tfidf", "base", "adapter", "merged", "f16", "q4_k_m", "q8_0"]
     assert 0.35 < stages["base"]["accuracy"] < 0.65, "the base must not know the task"
-    for stage in ("merged", "f16", "q4_k_m", "q8_0"):
+    for stage in ("adapter", "merged", "f16", "q4_k_m", "q8_0"):
         assert stages[stage]["accuracy"] > 0.9, stage
     assert stages["f16"]["prompts_tokenized_otherwise"] == 0
     assert stages["q4_k_m"]["stored"]["tensor_types"]["Q4_K"] > 0, "K-quants must be used"
     assert stages["q4_k_m"]["size_bytes"] == (results / "q4_k_m.gguf").stat().st_size
+    assert stages["merged"]["against_before"]["flips"] == 0, "merging changes no answer"
+    assert stages["q4_k_m"]["against_tfidf"]["difference"] > 0
+    assert 0 < stages["q8_0"]["kl_vocabulary"]["mean"] < stages["q4_k_m"]["kl_vocabulary"]["mean"]
+    checks = json.loads((results / "parity.json").read_text())["checks"]
+    assert len(checks) == 8 and all(check["passed"] for check in checks)
     table = pd.read_csv(results / "metrics.csv").set_index("stage")
     assert table.loc["q4_k_m", "unseen_accuracy"] == stages["q4_k_m"]["unseen"]["accuracy"]
 
@@ -85,6 +92,44 @@ def test_report_is_one_file_and_loads_nothing(finished_demo: Path) -> None:
     assert "<script" not in page
     assert not re.search(r"""(src|href)\s*=\s*["'](?!#)""", page)
     assert not re.search(r"""url\((?!#)""", page)
+
+
+def test_text_of_a_review_cannot_become_part_of_the_page(
+    finished_demo: Path, tmp_path: Path
+) -> None:
+    from write_report import gather, render
+
+    results = finished_demo / "results/demo"
+    evil = "<script>alert(1)</script>"
+    flip = {"id": "test-1", "text": evil, "reference": "好", "f16": "好", "now": "差"}
+    (tmp_path / "flips.json").write_text(json.dumps({"q8_0": [flip]}))
+    config = yaml.safe_load((finished_demo / "config.yaml").read_text())
+    content = gather(
+        Namespace(
+            settings=config,
+            metrics=results / "metrics.json",
+            flips=tmp_path / "flips.json",
+            parity=results / "parity.json",
+            speed=sorted((results / "speed").glob("*.json")),
+            audit=results / "dataset/audit.json",
+            tokens=results / "tokens",
+            adapter=results / "adapter",
+            base=next((finished_demo / "resources/models").glob("base@*")),
+            benchmarks=sorted((results / "benchmarks").glob("*.tsv")),
+        )
+    )
+    page = render(finished_demo / "report/report.html.j2", content)
+    assert evil not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+
+
+def test_model_card_names_licence_language_and_numbers(finished_demo: Path) -> None:
+    card = (finished_demo / "results/demo/card.md").read_text(encoding="utf-8")
+    header = yaml.safe_load(card.split("---")[1])
+    assert header["license"] == "mit" and header["language"] == ["zh"]
+    stages = json.loads((finished_demo / "results/demo/metrics.json").read_text())["stages"]
+    assert f"{100 * stages['q4_k_m']['accuracy']:.1f} %" in card
+    assert "{text}" in card and "正面" in card
 
 
 # --- the promise: a change reruns what depends on it and nothing else ---
@@ -134,6 +179,13 @@ def swap_rank_and_alpha(config: dict[str, Any]) -> None:
     train["rank"], train["alpha"] = train["alpha"], train["rank"]
 
 
+def bring_adapter(folder: Path) -> None:
+    """Use the demo's own adapter as if it came from another trainer."""
+    target = folder / "my adapter"
+    shutil.copytree(folder / "results/demo/adapter", target, dirs_exist_ok=True)
+    edit_demo("train", adapter="my adapter")(folder)
+
+
 REBUILDS: dict[str, tuple[Callable[[Path], object], dict[str, int]]] = {
     "nothing": (lambda folder: None, {}),
     "touching every file": (touch_everything, {}),
@@ -145,7 +197,9 @@ REBUILDS: dict[str, tuple[Callable[[Path], object], dict[str, int]]] = {
     "evaluate.limit": (edit_demo("evaluate", limit=50), EVALUATION),
     "another variant": (edit_demo("quantize", q4_0={"type": "Q4_0"}), ONE_VARIANT),
     "one variant's recipe": (edit_demo("quantize", q8_0={"type": "Q6_K"}), ONE_VARIANT),
+    "card.license": (edit_demo("card", license="mit"), FROM_CONVERT),
     "train.learning_rate": (edit_demo("train", learning_rate=1e-3), FROM_TRAIN),
+    "train.adapter": (bring_adapter, {"import_adapter": 1, **FROM_MERGE}),
     "two values of train swapped": (edit_config(swap_rank_and_alpha), FROM_TRAIN),
     "tokenize.max_length": (edit_demo("tokenize", max_length=64), FROM_TOKENIZE),
     "task.prompt": (edit_demo("task", prompt="{text}"), FROM_TOKENIZE),

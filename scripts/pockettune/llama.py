@@ -5,6 +5,7 @@ common start is computed once and shared, several prompts make a batch, and only
 each asks for logits. Batches are cut the same way every time, so a rerun gives the same bytes.
 """
 
+import contextlib
 import ctypes
 import logging
 from collections.abc import Iterator, Sequence
@@ -72,52 +73,112 @@ class LlamaModel:
         assert count >= 0, "a token stands for at least one byte"
         return list(ids[:count])
 
+    def special_token(self, name: str) -> int | None:
+        """Return the id of bos, eos, eot (end of turn) or pad as llama.cpp will use it."""
+        token = getattr(llama_cpp, f"llama_vocab_{name}")(self.vocabulary)
+        return None if token == llama_cpp.LLAMA_TOKEN_NULL else int(token)
+
+    def stores(self, key: str) -> bool:
+        """Whether the file's metadata hold `key`; else llama.cpp takes a default of its own."""
+        buffer = ctypes.create_string_buffer(1)
+        return llama_cpp.llama_model_meta_val_str(self.model, key.encode(), buffer, 1) >= 0
+
+    def adds_bos(self) -> bool:
+        """Whether llama.cpp puts a BOS before a prompt unasked."""
+        return bool(llama_cpp.llama_vocab_get_add_bos(self.vocabulary))
+
+    def stops_at(self, token: int) -> bool:
+        """Whether generation ends with this token."""
+        return bool(llama_cpp.llama_vocab_is_eog(self.vocabulary, token))
+
+    def chat_template(self) -> str | None:
+        """Return the chat template that the file stores."""
+        template = llama_cpp.llama_model_chat_template(self.model, None)
+        return None if template is None else template.decode()
+
+    @contextlib.contextmanager
+    def open_context(self, tokens: int, batch: int) -> Iterator["Context"]:
+        """Open room for `tokens` tokens of all sequences together, `batch` of them at a time."""
+        context = Context(self, tokens, batch)
+        try:
+            yield context
+        finally:
+            context.close()
+
+    def generate_greedy(self, prompt: Sequence[int], limit: int) -> list[int]:
+        """Return the likeliest continuation, up to the token that ends it or `limit` tokens."""
+        generated: list[int] = []
+        tokens, start = list(prompt), 0
+        with self.open_context(len(prompt) + limit, len(prompt)) as context:
+            while len(generated) < limit and not (generated and self.stops_at(generated[-1])):
+                (row,) = context.decode([(0, start, tokens)])
+                start += len(tokens)
+                tokens = [int(context.logits(row).argmax())]
+                generated += tokens
+        return generated
+
     def next_token_logits(self, prompts: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
         """Yield the logits behind each prompt's last token, in order: (vocabulary,), float32."""
         prefix = common_prefix(prompts)
         tails = [list(prompt[len(prefix) :]) for prompt in prompts]
         capacity = max(TOKENS_A_BATCH, max(map(len, tails)))
-        context = self._context(len(prefix) + capacity, max(len(prefix), capacity))
-        batch = llama_cpp.llama_batch_init(max(len(prefix), capacity), 0, 1)
-        memory = llama_cpp.llama_get_memory(context)
-        try:
+        with self.open_context(len(prefix) + capacity, max(len(prefix), capacity)) as context:
             if prefix:
-                self._decode(context, batch, [(0, 0, prefix)])
+                context.decode([(0, 0, prefix)])
             for group in group_by_tokens(tails, capacity, len, PROMPTS_A_BATCH):
-                for sequence in range(1, len(group) + 1):
-                    llama_cpp.llama_memory_seq_cp(memory, 0, sequence, -1, -1)
-                rows = self._decode(
-                    context, batch, [(s, len(prefix), tail) for s, tail in enumerate(group, 1)]
-                )
+                context.share(len(group))
+                rows = context.decode([(s, len(prefix), tail) for s, tail in enumerate(group, 1)])
                 for row in rows:
-                    pointer = llama_cpp.llama_get_logits_ith(context, row)
-                    yield np.ctypeslib.as_array(pointer, (self.vocabulary_size,)).copy()
-                for sequence in range(1, len(group) + 1):
-                    llama_cpp.llama_memory_seq_rm(memory, sequence, -1, -1)
-        finally:
-            llama_cpp.llama_batch_free(batch)
-            llama_cpp.llama_free(context)
+                    yield context.logits(row)
+                context.drop(len(group))
 
-    def _context(self, tokens: int, batch: int) -> llama_cpp.llama_context_p:
+
+class Context:
+    """Keys and values of up to PROMPTS_A_BATCH sequences, and of sequence 0, their common start."""
+
+    def __init__(self, model: LlamaModel, tokens: int, batch: int) -> None:
         parameters = llama_cpp.llama_context_default_params()
         parameters.n_ctx = tokens
         parameters.n_batch = batch
-        parameters.n_seq_max = PROMPTS_A_BATCH + 1  # sequence 0 holds the common start
+        parameters.n_seq_max = PROMPTS_A_BATCH + 1
         parameters.kv_unified = True  # sequences that share a start need it (llama.h at 0c1e570)
-        parameters.n_threads = parameters.n_threads_batch = self.threads
-        context = llama_cpp.llama_init_from_model(self.model, parameters)
-        if not context:
+        parameters.n_threads = parameters.n_threads_batch = model.threads
+        self.vocabulary_size = model.vocabulary_size
+        self.context = llama_cpp.llama_init_from_model(model.model, parameters)
+        if not self.context:
             raise UserError(f"llama.cpp has no memory for a context of {tokens:,} tokens")
-        return context
+        self.batch: Any = llama_cpp.llama_batch_init(batch, 0, 1)
+        self.memory = llama_cpp.llama_get_memory(self.context)
 
-    def _decode(
-        self,
-        context: llama_cpp.llama_context_p,
-        batch: Any,
-        sequences: list[tuple[int, int, Sequence[int]]],
-    ) -> list[int]:
-        """Compute (sequence, first position, tokens) together; return the rows with logits."""
-        rows, n = [], 0
+    def close(self) -> None:
+        llama_cpp.llama_batch_free(self.batch)
+        llama_cpp.llama_free(self.context)
+
+    def clear(self) -> None:
+        """Forget all sequences."""
+        llama_cpp.llama_memory_clear(self.memory, True)
+
+    def share(self, count: int) -> None:
+        """Let sequences 1 to `count` begin with sequence 0."""
+        for sequence in range(1, count + 1):
+            llama_cpp.llama_memory_seq_cp(self.memory, 0, sequence, -1, -1)
+
+    def drop(self, count: int) -> None:
+        """Forget sequences 1 to `count`."""
+        for sequence in range(1, count + 1):
+            llama_cpp.llama_memory_seq_rm(self.memory, sequence, -1, -1)
+
+    def logits(self, row: int) -> np.ndarray:
+        """Return a copy of the logits of a row that `decode` named: (vocabulary,), float32."""
+        pointer = llama_cpp.llama_get_logits_ith(self.context, row)
+        return np.ctypeslib.as_array(pointer, (self.vocabulary_size,)).copy()
+
+    def decode(self, sequences: list[tuple[int, int, Sequence[int]]]) -> list[int]:
+        """Compute (sequence, first position, tokens) together; return the rows with logits.
+
+        Those are each sequence's last token.
+        """
+        batch, rows, n = self.batch, [], 0
         for sequence, start, tokens in sequences:
             for offset, token in enumerate(tokens):
                 batch.token[n] = token
@@ -128,6 +189,6 @@ class LlamaModel:
                 n += 1
             rows.append(n - 1)
         batch.n_tokens = n
-        if code := llama_cpp.llama_decode(context, batch):
+        if code := llama_cpp.llama_decode(self.context, batch):
             raise RuntimeError(f"llama_decode failed with code {code} on {n} tokens")
         return rows

@@ -1,5 +1,6 @@
 """Turns scores into predictions and metrics, and says what computed them."""
 
+import os
 import platform
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -50,6 +51,14 @@ def provenance(*packages: str) -> dict[str, str]:
         "machine": f"{platform.system()} {platform.machine()}, {processor_name()}",
         **{name: version(name) for name in packages},
     }
+
+
+def resident_bytes() -> int | None:
+    """Return what this process holds in memory now; None where the system does not tell."""
+    status = Path("/proc/self/statm")
+    if not status.exists():
+        return None
+    return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def processor_name() -> str:

@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,9 @@ def fail(message: str) -> None:
 def start_logging(log: Path | None) -> None:
     """Send the programs' own messages to the terminal, and everything to the log file."""
     logger.setLevel(logging.INFO)
+    # They say at every start what concerns their own next versions and optional parts.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
     terminal = logging.StreamHandler()
     terminal.setFormatter(logging.Formatter("%(message)s"))
     logger.addHandler(terminal)
@@ -86,7 +90,7 @@ def progress(
     total: int | None = None,
     initial: int = 0,
 ) -> "tqdm[Any]":
-    """Iterate with rate and remaining time: a bar on a terminal, else a line every 15 seconds.
+    """Iterate with rate and remaining time: a bar on a terminal, else now and then a line.
 
     `initial` of the `total` were done by an earlier run.
     """
@@ -99,8 +103,10 @@ def progress(
         items,
         **common,
         file=_LogStream(),
+        delay=5,
         mininterval=15,
         maxinterval=60,
+        position=0,
         bar_format="{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {elapsed} passed, {remaining} left",
     )
 

@@ -259,8 +259,10 @@ def run_updates(
                 make_update(model, [examples[row] for row in rows], state, settings, hardware)
                 number = len(state.updates)
                 if validator and (number % validator.interval == 0 or number == len(batches)):
-                    state.add_validation(validator.score(model, hardware), metric)
-                    program.logger.info("update %d: %s", number, state.validations[-1])
+                    scores = validator.score(model, hardware)
+                    state.add_validation(scores, metric)
+                    told = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+                    program.logger.info("validation after update %d: %s", number, told)
             state.seconds = time.perf_counter() - begun
             if stop.signal or time.perf_counter() - last_saved >= save_every:
                 checkpoints.save_checkpoint(scratch, state.as_dict())

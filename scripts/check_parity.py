@@ -1,0 +1,125 @@
+"""Prove that the F16 GGUF file in llama.cpp is the merged model in PyTorch, before quantizing it.
+
+Checked are token ids, vocabulary, special tokens, chat template, stored tensors, logits, the merge
+itself, and that answers stop. One that fails stops the workflow, with its cause and the remedy.
+
+Input   base model, adapter, merged model, f16.gguf; the folder tokens/
+Output  parity.json: {"passed", "checks": [{"name", "passed", "detail", its numbers}]}
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from pockettune import parity, parity_logits, program
+from pockettune.errors import UserError
+from pockettune.llama import LlamaModel
+from pockettune.models import load_tokenizer
+from pockettune.parity import Result
+from pockettune.prompts import Examples, take_evenly
+
+PROMPTS_COMPUTED = 32
+PROMPTS_ANSWERED = 4
+ROOM_TO_STOP = 8  # tokens beyond the longest answer
+
+
+def check_parity(
+    base: Path,
+    adapter: Path,
+    model: Path,
+    gguf: Path,
+    tokens: Path,
+    threads: int,
+    output: Path,
+) -> None:
+    """Run every check; write `output` where all pass, else name all that failed in one error."""
+    torch.set_num_threads(threads)
+    examples = Examples(tokens / "test.arrow")
+    answers = program.read_json(tokens / "answers.json")["ids"]
+    with LlamaModel(gguf, threads) as llama:
+        results = [
+            *check_file(llama, base, model, gguf, examples, answers),
+            *check_computed(llama, base, adapter, model, examples, answers),
+        ]
+    for result in results:
+        mark = "passed" if result["passed"] else "FAILED"
+        program.logger.info("%s  %s: %s", mark, result["name"], result["detail"])
+    if failed := [result for result in results if not result["passed"]]:
+        told = " | ".join(f"{result['name']}: {result['detail']}" for result in failed)
+        raise UserError(
+            f"{gguf} is not the merged model {model}: {len(failed)} of {len(results)} checks"
+            f" failed: {told}"
+        )
+    program.write_json(output, {"passed": True, "checks": results})
+
+
+def check_file(
+    llama: LlamaModel,
+    base: Path,
+    model: Path,
+    gguf: Path,
+    examples: Examples,
+    answers: list[list[int]],
+) -> list[Result]:
+    """Run the checks for which nothing is computed."""
+    tokenizer = load_tokenizer(model)
+    return [
+        parity.check_token_ids(llama, tokenizer, examples),
+        parity.check_vocabulary(llama, base, model),
+        parity.check_special_tokens(llama, tokenizer, {ids[-1] for ids in answers}),
+        parity.check_chat_template(llama, tokenizer),
+        parity.check_tensors(gguf, model),
+    ]
+
+
+def check_computed(
+    llama: LlamaModel,
+    base: Path,
+    adapter: Path,
+    model: Path,
+    examples: Examples,
+    answers: list[list[int]],
+) -> list[Result]:
+    """Run the checks that compare what the models compute, one PyTorch model at a time."""
+    prompts = [example.prompt_ids for example in take_evenly(examples, PROMPTS_COMPUTED)]
+    few = take_evenly(prompts, PROMPTS_ANSWERED)
+    first, ends = sorted({ids[0] for ids in answers}), {ids[-1] for ids in answers}
+    limit = max(map(len, answers)) + ROOM_TO_STOP
+
+    found = parity_logits.logits_of_llama(llama, prompts)
+    said = [llama.generate_greedy(prompt, limit) for prompt in few]
+    stops = [llama.stops_at(continuation[-1]) for continuation in said]
+
+    exact = parity_logits.load_exact(model)
+    merged = parity_logits.logits_of_torch(exact, prompts)
+    expected = parity_logits.generate_greedy(exact, few, limit, ends)
+    del exact  # before the base is loaded beside it
+    plain, adapted = parity_logits.logits_of_adapter(base, adapter, prompts)
+    return [
+        parity_logits.check_logits(found, merged, first),
+        parity_logits.check_merge(merged, adapted, plain, first),
+        parity_logits.check_stops(said, expected, stops, ends),
+    ]
+
+
+def main() -> None:
+    parser = program.argument_parser(__doc__)
+    parser.add_argument("--base", type=Path, required=True, help="base model's folder")
+    parser.add_argument("--adapter", type=Path, required=True, help="PEFT adapter folder")
+    parser.add_argument("--model", type=Path, required=True, help="merged model's folder")
+    parser.add_argument("--gguf", type=Path, required=True, help="F16 GGUF file")
+    parser.add_argument("--tokens", type=Path, required=True, help="folder of tokenize_dataset.py")
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+
+    def work(a: argparse.Namespace) -> None:
+        check_parity(
+            a.base, a.adapter, a.model, a.gguf, a.tokens, a.threads, a.output
+        )  # fmt: skip
+
+    program.run(parser, work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,283 @@
+"""What of parity a GGUF file tells by itself: token ids, special tokens, chat template, tensors.
+
+Every check returns a result: {"name", "passed", "detail", and the numbers it is made of}.
+"""
+
+import json
+import unicodedata
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jinja2 import TemplateError
+from safetensors import safe_open
+
+from pockettune.errors import list_faults
+from pockettune.gguf_files import list_tensors, read_vectors
+from pockettune.llama import LlamaModel
+from pockettune.models import EMBEDDING, read_header, weight_files
+from pockettune.prompts import Example, encode, take_evenly
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Result = dict[str, Any]
+
+PROMPTS_TOKENIZED = 64
+TOKENS_OF_VOCABULARY, TOKENS_A_TEXT = 512, 16
+
+# Where tokenizers have been seen to part: what splits, what is normalized, what is special.
+HARD_TEXTS = (
+    "",
+    "这家酒店的早餐很丰富，但是房间太小了。",
+    "這家酒店的早餐很豐富，但是房間太小了。",
+    "生僻字：𠮷𡈽龘靐，魑魅魍魉",
+    "日本語のカタカナ、한국어, ไทย, العربية, עברית",
+    "😀 👍🏽 👨‍👩‍👧‍👦 🇨🇳 ❤️",
+    "两个  三个   七个       空格 ",
+    "   行首\n\n\n换行\r\n回车\t\t制表\n  ",
+    "ＡＢＣ　１２３，全角！（）：；“”‘’《》……——",
+    "价格1234567.89元，2024年12月31日，电话010-88886666，①②③ ½ ٣",
+    "e\u0301 n\u0303 q\u0303 क्षि \u1112\u1161\u11ab \uf900",  # some of it is changed by NFC
+    "I'll say it's OK, IT'S 100% PERFECT: don't-you_think? (yes/no) http://a.cn/?q=1&b=2",
+    "前台Service很差wifi连不上VIP会员no.1",
+    "\u200b零宽\u00a0不换行\ufeff",
+    "!!!???。。。~~~***===>>>#$%^&@`|\\",
+)
+
+CAUSES = {
+    "token_ids": "cause: the pre-tokenizer or the vocabulary differs; remedy: tokenizer.json must be"
+    " the base's, and convert_model.PRE_TOKENIZERS must name its pattern as llama.cpp does; rerun convert",
+    "vocabulary": "cause: the vocabulary was padded or resized; remedy: train and merge without new"
+    " tokens, on the embedding as the base has it; rerun merge and convert",
+    "special_tokens": "cause: the file's tokenizer.ggml metadata are not those of"
+    " tokenizer_config.json; remedy: take the base's tokenizer files unchanged and rerun convert",
+    "chat_template": "cause: the file stores another chat template than the merged folder; remedy:"
+    " take the base's tokenizer files unchanged and rerun convert",
+    "logits": "cause: weights differ; remedy: rerun convert with the pinned converter, from the"
+    " merged folder given here",
+    "merge": "cause: the merged folder is not base + adapter (added twice, not at all, or another"
+    " one); remedy: rerun merge on the 16-bit base",
+    "tensors": "cause: the merge or the conversion added, lost, untied, quantized or mixed up tensors; remedy:"
+    " rerun merge, then convert with --outtype f16",
+    "stops": "cause: the token that ends an answer is not known as its end, or weights differ;"
+    " remedy: see special_tokens and logits, rerun convert",
+}
+
+
+def make_result(name: str, faults: Sequence[str], detail: str, **numbers: Any) -> Result:
+    """Return a check's result, told by its faults with cause and remedy where there are any."""
+    if faults:
+        detail = f"{list_faults(list(faults))}; {CAUSES[name]}"
+    return {"name": name, "passed": not faults, "detail": detail, **numbers}
+
+
+def check_token_ids(
+    llama: LlamaModel, tokenizer: "PreTrainedTokenizerBase", examples: Sequence[Example]
+) -> Result:
+    """Compare llama.cpp's token ids with tokenizer.json's, on prompts and on hard texts."""
+    prompts = [(e.prompt, e.prompt_ids) for e in take_evenly(examples, PROMPTS_TOKENIZED)]
+    texts = [*hard_texts(tokenizer), *vocabulary_texts(tokenizer)]
+    expected = [*prompts, *((text, encode(tokenizer, text)) for text in texts)]
+    faults = []
+    not_nfc = 0
+    for number, (text, ids) in enumerate(expected):
+        # Prompts were encoded by the base's tokenizer; the merged folder must hold the same.
+        if (merged := encode(tokenizer, text)) != ids:
+            faults.append(
+                describe_difference(tokenizer, "the merged model", merged, "tokens/", ids)
+            )
+        elif (found := llama.tokenize(text)) != ids:
+            # llama.cpp leaves normalization to who calls it; no conversion can mend that.
+            if llama.tokenize(unicodedata.normalize("NFC", text)) == ids:
+                not_nfc += number < len(prompts)
+            else:
+                faults.append(
+                    describe_difference(tokenizer, "llama.cpp", found, "Hugging Face", ids)
+                )
+    detail = f"{len(expected)} texts give the same ids"
+    if not_nfc:
+        detail += f", {not_nfc} prompts only after normalization to NFC, which llama.cpp leaves out"
+    more = [f"{len(faults)} of {len(expected)} texts differ"] if len(faults) > 1 else []
+    return make_result("token_ids", [*faults[:1], *more], detail, texts=len(expected),
+                       prompts=len(prompts), prompts_not_nfc=not_nfc)  # fmt: skip
+
+
+def hard_texts(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """Return the fixed hard texts, and some in which the model's own control tokens are written."""
+    control = [str(token) for token in tokenizer.added_tokens_decoder.values()]
+    return [*HARD_TEXTS, *(f"前{token}\n后 {token} a" for token in control), "".join(control)]
+
+
+def vocabulary_texts(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """Return texts that tokens from all over the vocabulary make.
+
+    Whether a text is split in the right places shows only where tokens of several characters meet.
+    """
+    special = set(tokenizer.added_tokens_decoder)
+    ids = sorted(set(tokenizer.get_vocab().values()) - special)
+    words = [str(tokenizer.decode([token])) for token in take_evenly(ids, TOKENS_OF_VOCABULARY)]
+    step = TOKENS_A_TEXT
+    return ["".join(words[begin : begin + step]) for begin in range(0, len(words), step)]
+
+
+def describe_difference(
+    tokenizer: "PreTrainedTokenizerBase", who: str, found: list[int], whom: str, expected: list[int]
+) -> str:
+    """Name the text and the ids around the first place where two lists of ids part."""
+    pairs = enumerate(zip(found, expected, strict=False))
+    first = next((i for i, (a, b) in pairs if a != b), min(len(found), len(expected)))
+    near = str(tokenizer.decode(expected[max(first - 4, 0) : first + 6]))
+    cut = slice(first, first + 6)
+    return f"at {show(near)} (token {first}) {who} has {found[cut]}, {whom} has {expected[cut]}"
+
+
+def show(text: str, limit: int = 48) -> str:
+    """Return a text in quotes, cut short; a mark stands for a space, so that runs of them survive."""
+    shown = text if len(text) <= limit else f"{text[:limit]}…"
+    return json.dumps(shown, ensure_ascii=False).replace(" ", "␣")
+
+
+def check_vocabulary(llama: LlamaModel, base: Path, model: Path) -> Result:
+    """Compare the file's tokens with the rows of the embeddings of the merged and the base model."""
+    rows = {"merged": embedding_rows(model), "base": embedding_rows(base)}
+    size = llama.vocabulary_size
+    faults = [
+        f"the GGUF has {size} tokens, the {name} model's embedding {count} rows ({size - count:+d})"
+        for name, count in rows.items()
+        if count != size
+    ]
+    return make_result("vocabulary", faults, f"{size} tokens in the GGUF, merged and base model",
+                       tokens=size, merged_rows=rows["merged"], base_rows=rows["base"])  # fmt: skip
+
+
+def tensor_shapes(folder: Path) -> dict[str, list[int]]:
+    """Return the shape of each tensor of a model folder, by its name."""
+    headers = [read_header(path) for path in weight_files(folder)]
+    return {name: entry["shape"] for header in headers for name, entry in header.items()}
+
+
+def embedding_rows(folder: Path) -> int:
+    return tensor_shapes(folder)[EMBEDDING][0]
+
+
+def check_special_tokens(
+    llama: LlamaModel, tokenizer: "PreTrainedTokenizerBase", ends: Iterable[int]
+) -> Result:
+    """Compare BOS, EOS and pad with the tokenizer's, and ask whether llama.cpp stops at `ends`."""
+    found = {name: llama.special_token(name) for name in ("bos", "eos", "eot", "pad")}
+    expected = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    # Without an entry in the file llama.cpp takes a default, which nobody chose.
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        if not llama.stores(f"tokenizer.ggml.{key}_token_id"):
+            found[name] = None
+    adds_bos = expected["bos"] in tokenizer("a")["input_ids"][:1]
+    faults = [
+        f"{name.upper()} is {found[name]} in the file, {expected[name]} in tokenizer_config.json"
+        for name in ("bos", "eos", "pad")
+        if found[name] != expected[name]
+        and (name == "eos" or None not in (found[name], expected[name]))
+    ]
+    if llama.adds_bos() != adds_bos:
+        faults.append(f"llama.cpp {'adds a' if llama.adds_bos() else 'adds no'} BOS to a prompt,"
+                      f" tokenizer.json {'adds one' if adds_bos else 'adds none'}")  # fmt: skip
+    faults += [
+        f"llama.cpp does not stop at {token} ({tokenizer.convert_ids_to_tokens(token)}), with which"
+        " every answer ends"
+        for token in sorted(set(ends))
+        if not llama.stops_at(token)
+    ]
+    detail = f"EOS {found['eos']}, at which llama.cpp stops; BOS {'' if adds_bos else 'not '}added"
+    return make_result("special_tokens", faults, detail, gguf=found, tokenizer=expected,
+                       adds_bos=adds_bos)  # fmt: skip
+
+
+def check_chat_template(llama: LlamaModel, tokenizer: "PreTrainedTokenizerBase") -> Result:
+    """Render conversations with the template in the file and with the merged folder's own."""
+    stored = llama.chat_template()
+    if stored is None:
+        return make_result("chat_template", ["the file stores no chat template"], "")
+    talks = conversations(tokenizer)
+    faults = []
+    for talk in talks:
+        found, expected = render(tokenizer, talk, stored), render(tokenizer, talk, None)
+        if found != expected:
+            roles = "+".join(message["role"] for message in talk)
+            at = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b),
+                      min(len(found), len(expected)))  # fmt: skip
+            faults.append(
+                f"a conversation of {roles} differs from character {at} on:"
+                f" {show(found[at:])}, not {show(expected[at:])}"
+            )
+    return make_result("chat_template", faults[:1], f"{len(talks)} conversations render alike",
+                       conversations=len(talks), differing=len(faults))  # fmt: skip
+
+
+def conversations(tokenizer: "PreTrainedTokenizerBase") -> list[list[dict[str, str]]]:
+    """Return conversations of several shapes about each hard text."""
+    talks = []
+    for text in hard_texts(tokenizer):
+        user = {"role": "user", "content": text}
+        talks += [
+            [{"role": "system", "content": f"你是助手。{text}"}, user],
+            [user],
+            [user, {"role": "assistant", "content": f"好。{text}"}, user],
+        ]
+    return talks
+
+
+def render(
+    tokenizer: "PreTrainedTokenizerBase", talk: list[dict[str, str]], template: str | None
+) -> str:
+    """Render in transformers' sandbox; what a template refuses is part of what it does."""
+    try:
+        rendered = tokenizer.apply_chat_template(
+            talk, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+    except TemplateError as error:
+        return f"refused: {error}"
+    assert isinstance(rendered, str)
+    return rendered
+
+
+def check_tensors(gguf: Path, model: Path) -> Result:
+    """Compare the number of tensors; a tied embedding stays tied; every matrix is stored as F16."""
+    stored, shapes = list_tensors(gguf), tensor_shapes(model)
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    tied = bool(config.get("tie_word_embeddings"))
+    faults = []
+    if tied and "output.weight" in stored:
+        faults.append("the file has an output.weight of its own, config.json ties it to the embedding: the embedding is untied")  # fmt: skip
+    if len(stored) != len(shapes):
+        faults.append(f"the file has {len(stored)} tensors, the merged model {len(shapes)}")
+    other = [f"{n} is {kind}" for n, (kind, axes) in stored.items() if axes == 2 and kind != "F16"]
+    if other:
+        faults.append(f"{list_faults(other, 3)}, not F16")
+    misplaced, compared = misplaced_vectors(gguf, model)
+    if misplaced:
+        faults.append(list_faults(misplaced, 3))
+    detail = f"{len(stored)} tensors, embedding {'tied' if tied else 'untied'}, all matrices F16, {compared} vectors in their place"  # fmt: skip
+    return make_result("tensors", faults, detail, tensors=len(stored), tied=tied, vectors=compared)
+
+
+def misplaced_vectors(gguf: Path, model: Path) -> tuple[list[str], int]:
+    """Name biases and norms that hold the values of another, and count those that hold their own.
+
+    Swapped matrices move the logits far; swapped biases of two layers can move them by as little
+    as 0.005 spreads, below any bound on logits. Values are compared sorted, because the converter
+    reorders some; where it shifts them (Gemma's norms) they are nobody's, and not counted.
+    """
+    own: dict[str, np.ndarray] = {}
+    for path in weight_files(model):
+        names = [name for name, entry in read_header(path).items() if len(entry["shape"]) == 1]
+        with safe_open(path, "pt") as file:
+            own |= {name: np.sort(file.get_tensor(name).float().numpy()) for name in names}
+    faults, kept = [], 0
+    for name, values in read_vectors(gguf, own).items():
+        stored = np.sort(values)
+        if np.array_equal(stored, own[name]):
+            kept += 1
+        elif other := next((n for n, v in own.items() if np.array_equal(stored, v)), None):
+            faults.append(f"{name} holds the values of {other}")
+    return faults, kept

@@ -1,0 +1,100 @@
+"""The report's plots, as <svg> elements whose text stays text."""
+
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import matplotlib
+import pandas as pd
+from matplotlib.figure import Figure
+
+INK = "#7a7a7a"  # readable on a light page and on a dark one
+COLORS = ("#3b82c4", "#e08a3c")
+STYLE: Any = {
+    "svg.fonttype": "none",  # the browser has the Chinese fonts
+    "svg.hashsalt": "pockettune",  # the same numbers give the same bytes
+    "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK,
+    "xtick.color": INK, "ytick.color": INK, "font.size": 10,
+    "axes.spines.top": False, "axes.spines.right": False,
+}  # fmt: skip
+
+
+def use_style() -> None:
+    """Set colours and fonts of all figures made from now on."""
+    matplotlib.rcParams |= STYLE
+
+
+def plot_ladder(stages: Mapping[str, Any]) -> str:
+    """Return accuracy by stage with 95 % intervals, and that on rows not in train."""
+    figure = Figure(figsize=(7, 0.42 * len(stages) + 1.1), layout="constrained")
+    axes = figure.subplots()
+    names = list(stages)[::-1]
+    for place, name in enumerate(names):
+        entry = stages[name]
+        low, high = (100 * bound for bound in entry["interval"])
+        axes.plot([low, high], [place, place], color=COLORS[0], linewidth=2)
+        axes.plot(100 * entry["accuracy"], place, "o", color=COLORS[0])
+        if "accuracy" in entry["unseen"]:
+            axes.plot(100 * entry["unseen"]["accuracy"], place, "D", color=COLORS[1], markersize=5)
+        axes.annotate(f"{100 * entry['accuracy']:.1f}", (high, place), xytext=(6, 0),
+                      textcoords="offset points", va="center", fontsize=9)  # fmt: skip
+    axes.plot([], [], "o-", color=COLORS[0], label="all rows, 95 % interval")
+    axes.plot([], [], "D", color=COLORS[1], markersize=5, label="not in train")
+    axes.set(xlabel="accuracy, %", yticks=range(len(names)), yticklabels=names)
+    axes.margins(x=0.08)
+    axes.grid(axis="x", color=INK, alpha=0.2)
+    axes.legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
+    return as_svg(figure)
+
+
+def plot_size(stages: Mapping[str, Any]) -> str:
+    """Return accuracy over file size, a point a GGUF file, with 95 % intervals."""
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for name, entry in stages.items():
+        if "stored" in entry:
+            x, y = entry["size_bytes"] / 1e6, 100 * entry["accuracy"]
+            low, high = (100 * bound for bound in entry["interval"])
+            axes.plot([x, x], [low, high], color=COLORS[0], alpha=0.4)
+            axes.plot(x, y, "o", color=COLORS[0])
+            axes.annotate(name, (x, y), xytext=(6, 6), textcoords="offset points")
+    axes.set(xlabel="file size, MB", ylabel="accuracy, %")
+    axes.set_xlim(left=0)
+    axes.margins(x=0.15, y=0.15)
+    axes.ticklabel_format(useOffset=False)
+    return as_svg(figure)
+
+
+def plot_training(training: Mapping[str, Any]) -> str:
+    """Return the training loss and the validations; "" for an imported adapter."""
+    if "updates" not in training:
+        return ""
+    losses = pd.Series([update["loss"] for update in training["updates"]])
+    figure = Figure(figsize=(7, 2.8), layout="constrained")
+    axes = figure.subplots()
+    numbers, window = losses.index + 1, max(len(losses) // 20, 1)
+    axes.plot(numbers, losses, color=COLORS[0], alpha=0.3, linewidth=0.8)
+    mean = losses.rolling(window, 1).mean()
+    lines = axes.plot(numbers, mean, color=COLORS[0], label=f"loss, mean of {window} updates")
+    # The first updates, which learn what an answer is, would flatten all that follows.
+    axes.set(xlabel="update", ylabel="loss", ylim=(0, 1.5 * losses.quantile(0.95)))
+    if training["validations"]:
+        metric, right = training["metric"], axes.twinx()
+        updates = [entry["update"] for entry in training["validations"]]
+        values = [100 * entry[metric] for entry in training["validations"]]
+        label = f"{metric} on validation, %"
+        lines += right.plot(updates, values, "o-", color=COLORS[1], label=label)
+        right.axvline(training["exported_update"], color=INK, linewidth=0.8, linestyle=":")
+        right.set(ylabel=f"{metric}, %")
+        right.spines["right"].set_visible(True)
+        right.ticklabel_format(useOffset=False)
+    axes.legend(handles=lines, frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
+    return as_svg(figure)
+
+
+def as_svg(figure: Figure) -> str:
+    """Return a figure as an <svg> element."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
