@@ -1,46 +1,47 @@
-"""Print a finished run as Markdown tables: what each stage kept, and what each job cost.
+"""Write a finished run's tables to benchmarks/<name>.md: what each stage kept, what each job cost.
 
 python benchmarks/describe_run.py results/demo
 """
 
 import argparse
-import os
-import sys
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
-
-from pockettune import program  # noqa: E402
-from pockettune.metrics import processor_name  # noqa: E402
+from common import machine, write_page
+from pockettune import program
 
 
-def describe_run(results: Path) -> str:
-    """Return the tables of the run in the folder `results`."""
-    stages = program.read_json(results / "metrics.json")["stages"]
+def describe_stages(stages: dict[str, dict[str, Any]]) -> list[str]:
+    """Return a table with a row a stage."""
     lines = [
-        f"On {os.cpu_count()} cores of {processor_name()}.",
-        "",
-        "| stage | size, MB | accuracy, % | not in train, % | answers changed against F16 |",
-        "|---|---|---|---|---|",
+        "| stage | size, MB | accuracy, % | 95 % interval | not in train, % | answers changed against F16 |",
+        "|---|---|---|---|---|---|",
     ]
     for name, entry in stages.items():
-        flips = entry["against_f16"]["flips"] if "against_f16" in entry else "–"
         size = f"{entry['size_bytes'] / 1e6:.1f}" if entry["size_bytes"] else "–"
         unseen = 100 * entry["unseen"].get("accuracy", float("nan"))
+        low, high = (100 * bound for bound in entry["interval"])
+        flips = entry["against_f16"]["flips"] if "against_f16" in entry else "–"
         lines.append(
-            f"| {name} | {size} | {100 * entry['accuracy']:.1f} | {unseen:.1f} | {flips} |"
+            f"| {name} | {size} | {100 * entry['accuracy']:.1f} | {low:.1f} to {high:.1f} |"
+            f" {unseen:.1f} | {flips} |"
         )
-    lines += ["", "| job | time, s | peak memory, MB |", "|---|---|---|"]
+    return lines
+
+
+def describe_jobs(folder: Path) -> list[str]:
+    """Return a table with a row a job, from Snakemake's benchmark files."""
+    lines = ["| job | time, s | peak memory, MB |", "|---|---|---|"]
     total = 0.0
-    for path in sorted((results / "benchmarks").glob("*.tsv")):
+    for path in sorted(folder.glob("*.tsv")):
         row = pd.read_csv(path, sep="\t", na_values="-").iloc[0]
         total += float(row["s"])
-        lines.append(f"| {path.stem} | {row['s']:.1f} | {row['max_rss']:,.0f} |")
-    lines.append(f"| all programs | {total:.1f} | |")
-    return "\n".join(lines) + "\n"
+        # Snakemake looks twice a second: of a shorter job it knows no memory.
+        memory = f"{row['max_rss']:,.0f}" if row["s"] > 1 else "–"
+        lines.append(f"| {path.stem} | {row['s']:.1f} | {memory} |")
+    return [*lines, f"| all programs | {total:.1f} | |"]
 
 
 def main() -> None:
@@ -48,7 +49,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("results", type=Path, help="folder of a finished run")
-    print(describe_run(parser.parse_args().results), end="")
+    results = parser.parse_args().results
+    stages = program.read_json(results / "metrics.json")["stages"]
+    write_page(results.name, [
+        f"# The run in {results}", "",
+        f"Made by `python benchmarks/describe_run.py {results}` on {machine()}.", "",
+        *describe_stages(stages), "", *describe_jobs(results / "benchmarks"),
+    ])  # fmt: skip
 
 
 if __name__ == "__main__":

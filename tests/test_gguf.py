@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from conftest import CONVERTER, LINEAGE, run_program
 from pockettune.batching import common_prefix, group_by_tokens
 from pockettune.errors import UserError
-from pockettune.gguf_files import check_tensors, describe_file
+from pockettune.gguf_files import check_tensors, describe_file, read_gguf
 from pockettune.llama import PROMPTS_A_BATCH, LlamaModel
 from pockettune.models import load_model, load_tokenizer
 from pockettune.packing import ATTENTION, next_token_logits
@@ -106,6 +106,30 @@ def test_what_fell_back_is_told(tiny_model: Path, q4_k_m: Path, tmp_path: Path) 
     assert describe_file(q4_k_m)["fallback_share"] == 0
     stored = describe_file(q4_k_m)
     assert 0 < stored["embedding_share"] < 0.5 and stored["embedding_type"] == "Q6_K"
+
+
+@pytest.mark.parametrize("file", ["f16", "q4_k_m", "vocabulary"])
+def test_files_are_read_as_the_gguf_package_reads_them(
+    file: str, request: pytest.FixtureRequest
+) -> None:
+    vocabulary = CONVERTER / "models/ggml-vocab-qwen2.gguf"
+    path = vocabulary if file == "vocabulary" else request.getfixturevalue(file)
+    reader = gguf.GGUFReader(path)
+    metadata, tensors = read_gguf(path)
+    bookkeeping = {"GGUF.version", "GGUF.tensor_count", "GGUF.kv_count"}
+    assert metadata == {k: f.contents() for k, f in reader.fields.items() if k not in bookkeeping}
+    theirs = [
+        (t.name, tuple(map(int, t.shape)), t.tensor_type.name, int(t.n_bytes), int(t.data_offset))
+        for t in reader.tensors
+    ]
+    assert [(t.name, t.shape, t.kind_name, t.size, t.start) for t in tensors] == theirs
+
+
+def test_a_file_that_is_no_gguf_is_named(f16: Path, tmp_path: Path) -> None:
+    for content, message in [(b"GGML" * 10, "is not a GGUF file"), (f16.read_bytes()[:900], "truncated")]:  # fmt: skip
+        (tmp_path / "x.gguf").write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            read_gguf(tmp_path / "x.gguf")
 
 
 def test_scoring_twice_gives_the_same_bytes(tiny_model: Path, q4_k_m: Path) -> None:

@@ -197,7 +197,7 @@ REBUILDS: dict[str, tuple[Callable[[Path], object], dict[str, int]]] = {
     "evaluate.limit": (edit_demo("evaluate", limit=50), EVALUATION),
     "another variant": (edit_demo("quantize", q4_0={"type": "Q4_0"}), ONE_VARIANT),
     "one variant's recipe": (edit_demo("quantize", q8_0={"type": "Q6_K"}), ONE_VARIANT),
-    "card.license": (edit_demo("card", license="mit"), FROM_CONVERT),
+    "card.license": (edit_demo("card", license="cc-by-4.0"), FROM_CONVERT),
     "train.learning_rate": (edit_demo("train", learning_rate=1e-3), FROM_TRAIN),
     "train.adapter": (bring_adapter, {"import_adapter": 1, **FROM_MERGE}),
     "two values of train swapped": (edit_config(swap_rank_and_alpha), FROM_TRAIN),

@@ -28,7 +28,7 @@ Tokens = Sequence[int]
 ATTENTION = "pockettune_packed"  # the name under which `attend` is known to transformers
 
 # Tokens in one forward pass: enough to fill the hardware.
-TOKENS_A_PASS = {"cpu": 1024, "cuda": 16384}
+TOKENS_A_PASS = {"cpu": 2048, "cuda": 16384}
 
 
 @dataclass(frozen=True)
