@@ -1,11 +1,13 @@
 """Time training against TRL's SFTTrainer, on a model of Qwen2.5-0.5B's exact shape.
 
-Three ways, each in a process of its own, in turn, over the same rows in the same chat format, with
+Five ways, each in a process of its own, in turn, over the same rows in the same chat format, with
 LoRA of rank 8 on all linear layers and the loss on the answer alone:
 
-    PocketTune       as config.yaml has it
-    SFTTrainer       as it comes
-    SFTTrainer bf16  with bf16 weights and bf16 autocast
+    PocketTune                   as config.yaml has it
+    PocketTune, recomputing      with train.gradient_checkpointing
+    SFTTrainer                   as it comes: activations recomputed
+    SFTTrainer bf16              with bf16 weights and bf16 autocast
+    SFTTrainer bf16, keeping     the same with activations kept
 
     python benchmarks/training.py [--batch-sizes 4] [--updates 4] [--rounds 2]
 
@@ -39,7 +41,13 @@ from common import (
 )
 
 MODEL = WORK / "model"
-WAYS = ("PocketTune", "SFTTrainer", "SFTTrainer bf16")
+WAYS = (
+    "PocketTune",
+    "PocketTune, recomputing",
+    "SFTTrainer",
+    "SFTTrainer bf16",
+    "SFTTrainer bf16, keeping",
+)
 REAL = WORK / "chnsenticorp"
 
 
@@ -53,14 +61,15 @@ def settings_of_run() -> dict[str, Any]:
     return settings
 
 
-def time_ours(rows: list[int], batch_size: int) -> list[float]:
+def time_ours(rows: list[int], batch_size: int, recompute: bool) -> list[float]:
     """Return the seconds of each update on `rows`, `batch_size` at a time."""
     from pockettune import training
     from pockettune.adapters import add_adapter
     from pockettune.prompts import Examples
     from train_adapter import choose_precision, load_base
 
-    train = default_settings()["train"] | {"batch_size": batch_size}
+    train = default_settings()["train"]
+    train.update(batch_size=batch_size, gradient_checkpointing=recompute)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     hardware = training.Hardware(device, choose_precision(train["precision"], device))
     examples = Examples(WORK / "tokens/train.arrow")
@@ -76,7 +85,7 @@ def time_ours(rows: list[int], batch_size: int) -> list[float]:
     return seconds
 
 
-def time_theirs(rows: list[int], batch_size: int, bf16: bool) -> list[float]:
+def time_theirs(rows: list[int], batch_size: int, bf16: bool, keep: bool) -> list[float]:
     """Return the seconds of each of SFTTrainer's updates on the same rows in the same order."""
     from datasets import Dataset
     from peft import LoraConfig
@@ -108,6 +117,8 @@ def time_theirs(rows: list[int], batch_size: int, bf16: bool) -> list[float]:
             stamps.append(time.perf_counter())
 
     options: dict[str, Any] = {"bf16": True, "model_init_kwargs": {"dtype": "bfloat16"}} if bf16 else {}  # fmt: skip
+    if keep:
+        options["gradient_checkpointing"] = False
     trainer = SFTTrainer(
         model=str(MODEL),
         train_dataset=Dataset.from_list(chats),
@@ -121,6 +132,7 @@ def time_theirs(rows: list[int], batch_size: int, bf16: bool) -> list[float]:
             train_sampling_strategy="sequential",
             save_strategy="no",
             report_to=[],
+            use_cpu=not torch.cuda.is_available(),
             disable_tqdm=True,
             **options,
         ),
@@ -145,10 +157,10 @@ def run_one(way: str, batch_size: int, updates: int) -> dict[str, float]:
     count = (updates + 1) * batch_size
     lengths = Examples(WORK / "tokens/train.arrow").count_tokens()
     rows = [index * len(lengths) // count for index in range(count)]
-    if way == "PocketTune":
-        seconds = time_ours(rows, batch_size)
+    if way.startswith("PocketTune"):
+        seconds = time_ours(rows, batch_size, recompute=way.endswith("recomputing"))
     else:
-        seconds = time_theirs(rows, batch_size, bf16=way.endswith("bf16"))
+        seconds = time_theirs(rows, batch_size, "bf16" in way, way.endswith("keeping"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()
