@@ -179,7 +179,7 @@ use rule evaluate_f16 as evaluate_variant with:
         stage="{variant}",
 
 
-# Not beside other jobs: it measures time. (On a cluster each job has its cores to itself.)
+# It measures time: with --cores 4 it runs alone, on a cluster it has its cores to itself.
 rule measure_speed:
     input:
         program="scripts/measure_speed.py",
@@ -195,7 +195,7 @@ rule measure_speed:
         file="|".join(["f16", *VARIANTS]),
     conda:
         "../envs/llama_cpp.yaml"
-    threads: workflow.cores or 4
+    threads: 4
     resources:
         mem_mb=4000,
         runtime="30m",

@@ -94,6 +94,14 @@ def test_report_is_one_file_and_loads_nothing(finished_demo: Path) -> None:
     assert not re.search(r"""url\((?!#)""", page)
 
 
+def test_snakemakes_own_report(finished_demo: Path, tmp_path: Path) -> None:
+    page = tmp_path / "snakemake.html"
+    result = run_snakemake(finished_demo, *DEMO, "--report", str(page))
+    assert result.returncode == 0, result.stdout[-2000:]
+    text = page.read_text(encoding="utf-8")
+    assert "metrics.csv" in text and "One row a stage" in text, "captions are in it"
+
+
 def test_text_of_a_review_cannot_become_part_of_the_page(
     finished_demo: Path, tmp_path: Path
 ) -> None:
