@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
-from transformers import Qwen2Config, Qwen2ForCausalLM, get_scheduler, logging, set_seed
+from transformers import Qwen2Config, Qwen2ForCausalLM, logging
 
 from pockettune import program
 from pockettune.batching import group_by_tokens
@@ -47,7 +47,7 @@ CHAT_TEMPLATE = (
 def make_demo_base(corpus: Path, threads: int, output: Path) -> None:
     """Train tokenizer and model on the lines of `corpus` and write the model folder's files."""
     torch.set_num_threads(threads)
-    set_seed(SEED)
+    torch.manual_seed(SEED)
     logging.disable_progress_bar()
     texts = with_chats(corpus.read_text(encoding="utf-8").splitlines())
     tokenizer = train_tokenizer(texts)
@@ -122,6 +122,8 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
 
 def train_model(model: Qwen2ForCausalLM, sequences: list[list[int]]) -> float:
     """Train `model` to continue the sequences; return the last loss."""
+    from transformers import get_scheduler  # here: what bitsandbytes says at import goes to the log
+
     generator = torch.Generator().manual_seed(SEED)
     passes: list[list[list[int]]] = []
     for _ in range(EPOCHS):

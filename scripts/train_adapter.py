@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import set_seed
 
 from pockettune import checkpoints, metrics, packing, program
 from pockettune.adapters import add_adapter
@@ -44,7 +43,7 @@ def train_adapter(
     """Train on tokens/train.arrow and write the adapter folder."""
     train = settings["train"]
     torch.set_num_threads(threads)
-    set_seed(train["seed"])
+    torch.manual_seed(train["seed"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     hardware = Hardware(device, choose_precision(train["precision"], device))
     examples = Examples(tokens / "train.arrow")

@@ -17,7 +17,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import get_scheduler
 
 from pockettune import checkpoints, metrics, packing, program
 from pockettune.batching import group_by_tokens
@@ -159,6 +158,8 @@ def start_training(
     model: torch.nn.Module, settings: Settings, hardware: Hardware, updates: int
 ) -> TrainingState:
     """Return the state before the first of `updates` updates."""
+    from transformers import get_scheduler  # here: what bitsandbytes says at import goes to the log
+
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
         parameters.values(), lr=settings["learning_rate"], weight_decay=0.0, fused=True
