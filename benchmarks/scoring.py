@@ -18,17 +18,23 @@ from pathlib import Path
 import numpy as np
 
 from common import WORK, machine, write_page
+from pockettune import program
 from pockettune.batching import common_prefix
-from pockettune.evaluation import NOISE_ROWS
+from pockettune.evaluation import Runtime, measure_noise
 from pockettune.llama import LlamaModel
-from pockettune.prompts import Examples, take_evenly
+from pockettune.prompts import Example, Examples, take_evenly
 from pockettune.scoring import score_answers
+
+
+def read_inputs(rows: int) -> tuple[list[list[int]], list[Example]]:
+    """Return the answers' token ids and some examples of true_scale.py."""
+    answers = program.read_json(WORK / "tokens/answers.json")["ids"]
+    return answers, take_evenly(Examples(WORK / "tokens/train.arrow"), rows)
 
 
 def score(gguf: Path, rows: int, threads: int) -> tuple[float, int, int, np.ndarray]:
     """Return seconds, tokens computed, tokens of all prompts, and the scores."""
-    answers = json.loads((WORK / "tokens/answers.json").read_text(encoding="utf-8"))["ids"]
-    examples = take_evenly(Examples(WORK / "tokens/train.arrow"), rows)
+    answers, examples = read_inputs(rows)
     with LlamaModel(gguf, threads) as model:
         prompts = [model.tokenize(example.prompt) for example in examples]
         list(model.next_token_logits(prompts[:2]))  # warm up, as llama-bench does
@@ -48,16 +54,13 @@ def llama_bench(tool: Path, gguf: Path, threads: int) -> float:
     return float(json.loads(output)[0]["avg_ts"])
 
 
-def alone(gguf: Path, threads: int, rows: int) -> np.ndarray:
-    """Return the scores of some rows, each computed by itself."""
-    answers = json.loads((WORK / "tokens/answers.json").read_text(encoding="utf-8"))["ids"]
-    examples = take_evenly(Examples(WORK / "tokens/train.arrow"), rows)
+def largest_noise(gguf: Path, rows: int, threads: int, scores: np.ndarray) -> float:
+    """Return the largest change of a log probability when prompts are computed one at a time."""
+    answers, examples = read_inputs(rows)
     with LlamaModel(gguf, threads) as model:
         prompts = [model.tokenize(example.prompt) for example in examples]
-        chosen = take_evenly(prompts, min(NOISE_ROWS, rows))
-        return np.concatenate(
-            [score_answers(model.next_token_logits, [prompt], answers) for prompt in chosen]
-        )
+        runtime = Runtime(model.next_token_logits, prompts, model.vocabulary_size)
+        return float(measure_noise(runtime, answers, scores)["largest_difference"])
 
 
 def compare(gguf: Path, tool: Path, rows: int, rounds: int, threads: int) -> str:
@@ -71,12 +74,11 @@ def compare(gguf: Path, tool: Path, rows: int, rounds: int, threads: int) -> str
         theirs.append(llama_bench(tool, gguf, threads))
     ratios = sorted(a / b for a, b in zip(ours, theirs, strict=True))
     same = all(np.array_equal(scores[0], other) for other in scores[1:])
-    single = alone(gguf, threads, rows)
-    together = np.stack(take_evenly(list(scores[0]), len(single)))
+    noise = largest_noise(gguf, rows, threads, scores[0])
     return (
         f"| {gguf.stem} | {statistics.median(ours):.0f} | {statistics.median(theirs):.0f}"
         f" | {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-        f" | {statistics.median(prompt_rates):.0f} | {np.abs(single - together).max():.4f}"
+        f" | {statistics.median(prompt_rates):.0f} | {noise:.4f}"
         f" | {'yes' if same else 'no'} |"
     )
 

@@ -9,13 +9,14 @@ import pytest
 import torch
 from gguf.quants import dequantize
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import CONVERTER, LINEAGE, run_program
 from pockettune.batching import common_prefix, group_by_tokens
 from pockettune.errors import UserError
 from pockettune.gguf_files import check_tensors, describe_file, read_gguf
 from pockettune.llama import PROMPTS_A_BATCH, LlamaModel
-from pockettune.models import load_model, load_tokenizer
+from pockettune.models import load_model, load_tokenizer, read_header
 from pockettune.packing import ATTENTION, next_token_logits
 from pockettune.prompts import encode
 
@@ -102,10 +103,27 @@ def test_files_explain_themselves(f16: Path, q4_k_m: Path) -> None:
 
 
 def test_what_fell_back_is_told(tiny_model: Path, q4_k_m: Path, tmp_path: Path) -> None:
-    """The tiny model is 256 wide: nothing falls back. Narrowed to 128, nearly everything does."""
-    assert describe_file(q4_k_m)["fallback_share"] == 0
+    """The tiny model is 256 wide: nothing falls back. At 192, all but the rows of 512 do."""
     stored = describe_file(q4_k_m)
+    assert stored["fallback_share"] == 0
     assert 0 < stored["embedding_share"] < 0.5 and stored["embedding_type"] == "Q6_K"
+
+    narrow = Path(shutil.copytree(tiny_model, tmp_path / "narrow"))
+    shape = AutoConfig.from_pretrained(tiny_model)
+    shape.hidden_size = 192
+    AutoModelForCausalLM.from_config(shape).half().save_pretrained(narrow)
+    f16, quantized = tmp_path / "f16.gguf", tmp_path / "q4_k_m.gguf"
+    run_program("convert_model.py", "--model", narrow, "--converter", CONVERTER,
+                "--settings", LINEAGE, "--output", f16)  # fmt: skip
+    run_program("quantize_model.py", "--settings", '{"type": "Q4_K_M"}', "--source", f16,
+                "--threads", "1", "--output", quantized)  # fmt: skip
+    shapes = {name: entry["shape"] for name, entry in read_header(narrow / "model.safetensors").items()}  # fmt: skip
+    weights = {name: int(np.prod(shape)) for name, shape in shapes.items()}
+    fell = sum(n for name, n in weights.items() if len(shapes[name]) > 1 and shapes[name][1] % 256)
+    assert fell / sum(weights.values()) > 0.5
+    stored = describe_file(quantized)
+    assert stored["fallback_share"] == pytest.approx(fell / sum(weights.values()), abs=1e-4)
+    assert describe_file(f16)["fallback_share"] == 0, "16 bits need no blocks"
 
 
 @pytest.mark.parametrize("file", ["f16", "q4_k_m", "vocabulary"])
