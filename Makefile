@@ -1,4 +1,5 @@
-# setup | demo | test | lint | bench | bench-train | clean | clean-scratch. The README gives each in plain commands too.
+# setup | demo | test | test-slurm | test-kills | lint | bench | bench-train | clean | clean-scratch.
+# The README gives the first three in plain commands too.
 
 PYTHON ?= python3
 BIN = .venv/bin
@@ -10,9 +11,11 @@ endif
 # cores instead of eight. Where that fails, the plain build follows.
 QUICK_BUILD = -DLLAVA_BUILD=OFF -DCMAKE_UNITY_BUILD=ON \
 	-DCMAKE_PROJECT_llama.cpp_INCLUDE='$(CURDIR)/envs/llama_cpp.cmake'
-INSTALL = $(BIN)/python -m pip install --quiet --requirement requirements.txt --constraint constraints.txt
+# With flags of your own pip must not take a llama-cpp-python from its cache that was built without them.
+INSTALL = $(BIN)/python -m pip install --quiet $(if $(CMAKE_ARGS),--no-cache-dir) \
+	--requirement requirements.txt --constraint constraints.txt
 
-.PHONY: setup demo test lint bench bench-train clean clean-scratch
+.PHONY: setup demo test test-slurm test-kills lint bench bench-train clean clean-scratch
 
 setup: .venv/installed
 
@@ -30,6 +33,15 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# Installs Debian's SLURM, as root, and starts its daemons on this machine; ends them afterwards.
+test-slurm: setup
+	tests/slurm/install.sh
+	$(BIN)/python -m pytest tests/slurm
+
+# About seventy kills, half an hour; `make test` does a few.
+test-kills: setup
+	$(BIN)/python tests/kill_every_rule.py
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -20,8 +20,12 @@ include: "rules/evaluate.smk"
 include: "rules/demo.smk"
 
 
+onstart:
+    prepare_cluster()
+
+
 onerror:
-    repeat_errors()
+    repeat_errors(log)
 
 
 rule all:

@@ -10,6 +10,12 @@ import yaml
 
 sys.path.insert(0, f"{workflow.basedir}/scripts")
 
+from pockettune.cluster import (
+    explain_failures,
+    program_messages,
+    refuse_strays,
+    watch_queue,
+)
 from pockettune.config import check_config, check_files, drop_idle, set_environment
 from pockettune.errors import UserError
 from pockettune.imports import imported_files
@@ -87,6 +93,11 @@ def variant_settings(wildcards):
     return json.dumps(config["quantize"][wildcards.variant], sort_keys=True)
 
 
+def memory(mb):
+    """Return a rule's memory in MB; a job that failed gets as much again at each retry."""
+    return lambda wildcards, attempt: attempt * mb
+
+
 def modules(program):
     """Return the project's own modules that a program imports, so that their edits rerun it."""
     return list(map(str, imported_files(Path(program), root=Path("scripts"))))
@@ -152,14 +163,25 @@ JOBS = [
 STARTED = time.time()
 
 
-def repeat_errors():
-    """Print what failing programs said once more, below all that Snakemake says of them."""
+def prepare_cluster():
+    """On a SLURM cluster, refuse to run beside jobs left over, and say why jobs wait."""
+    if workflow.executor_plugin.name != "slurm":
+        return
+    try:
+        refuse_strays(Path.cwd())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    watch_queue(Path.cwd())
+
+
+def repeat_errors(snakemake_log):
+    """Print what failing programs and SLURM said once more, below all that Snakemake says."""
     folder = Path(config.get("pathvars", {}).get("results", "results"), "logs")
-    for path in sorted(folder.glob("*.log")):
-        if path.stat().st_mtime >= STARTED:
-            for line in path.read_text(encoding="utf-8").splitlines():
-                if " error: " in line:
-                    print(f"error: {line.split(' error: ', 1)[1]}", file=sys.stderr)
+    for message in program_messages(folder.glob("*.log"), since=STARTED):
+        print(message, file=sys.stderr)
+    for message in explain_failures(Path(snakemake_log).read_text(encoding="utf-8")):
+        print(f"error: {message}", file=sys.stderr)
 
 
 BASE_MODEL = base_model()

@@ -96,7 +96,7 @@ rule tokenize:
     conda:
         "../envs/data.yaml"
     resources:
-        mem_mb=4000,
+        mem_mb=memory(4000),
         runtime="1h",
     params:
         settings=settings("task", "tokenize", "dataset"),

@@ -23,7 +23,7 @@ rule evaluate_tfidf:
     conda:
         "../envs/report.yaml"
     resources:
-        mem_mb=4000,
+        mem_mb=memory(4000),
         runtime="1h",
     params:
         settings=settings("task", "dataset", "evaluate"),
@@ -59,7 +59,7 @@ rule evaluate_base:
         "../envs/train.yaml"
     threads: 4
     resources:
-        mem_mb=8000,
+        mem_mb=memory(8000),
         runtime="2h",
     params:
         settings=settings("task", "dataset", "evaluate"),
@@ -138,7 +138,7 @@ rule evaluate_f16:
         "../envs/llama_cpp.yaml"
     threads: 4
     resources:
-        mem_mb=4000,
+        mem_mb=memory(4000),
         runtime="2h",
     params:
         settings=settings("task", "dataset", "evaluate"),
@@ -197,7 +197,7 @@ rule measure_speed:
         "../envs/llama_cpp.yaml"
     threads: 4
     resources:
-        mem_mb=4000,
+        mem_mb=memory(4000),
         runtime="30m",
     shell:
         "python {input.program:q}"

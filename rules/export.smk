@@ -16,7 +16,7 @@ rule convert:
     conda:
         "../envs/llama_cpp.yaml"
     resources:
-        mem_mb=4000,
+        mem_mb=memory(4000),
         runtime="30m",
     params:
         settings=settings("model", "dataset", "task", "card"),
@@ -49,7 +49,7 @@ rule check_parity:
         "../envs/llama_cpp.yaml"
     threads: 4
     resources:
-        mem_mb=8000,
+        mem_mb=memory(8000),
         runtime="1h",
     shell:
         "python {input.program:q}"
@@ -81,7 +81,7 @@ rule quantize:
         "../envs/llama_cpp.yaml"
     threads: 4
     resources:
-        mem_mb=4000,
+        mem_mb=memory(4000),
         runtime="1h",
     params:
         settings=variant_settings,

@@ -45,7 +45,7 @@ else:
         threads: 4
         resources:
             gpu=1,
-            mem_mb=16000,
+            mem_mb=memory(16000),
             runtime="4h",
         params:
             settings=settings("train", "task", "dataset"),
@@ -75,7 +75,7 @@ rule merge:
     conda:
         "../envs/train.yaml"
     resources:
-        mem_mb=8000,
+        mem_mb=memory(8000),
         runtime="30m",
     shell:
         "python {input.program:q}"

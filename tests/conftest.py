@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 CONVERTER = ROOT / "resources/llama.cpp-0.3.36"
+DOWNLOADS = ROOT / "resources/downloads"
 
 # No test asks the real hub; one that means to reach a server starts it itself.
 os.environ |= {

@@ -1,0 +1,200 @@
+"""Kill snakemake and its jobs with SIGKILL in every rule, and see that nothing is lost.
+
+The demo is started again and again in a checkout of its own. Each time, a job that was not killed
+often enough is let run for a random share of its usual time, then everything dies at once, as when
+the machine loses power. After every kill the plan must hold just the jobs that had not finished.
+At the end the run is let finish, and what it made is compared with an undisturbed run's.
+
+    python tests/kill_every_rule.py --rounds 3
+"""
+
+import argparse
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from comparison import differing_files
+from conftest import CONVERTER, DOWNLOADS, copy_checkout, run_snakemake
+
+DEMO = ("--configfile", "runs/demo.yaml")
+JOB = re.compile(r"^(?:local)?rule (\w+):\n((?: +.*\n)+)", re.MULTILINE)
+
+Job = str  # a rule's name and its wildcards, "evaluate_variant variant=q4_k_m"
+
+
+def jobs_in(output: str) -> dict[str, Job]:
+    """Return the jobs that Snakemake announced, by the number that it gave them."""
+    jobs = {}
+    for rule, block in JOB.findall(output):
+        number = re.search(r"^ +jobid: (\d+)$", block, re.MULTILINE)
+        wildcards = re.search(r"^ +wildcards: (.*)$", block, re.MULTILINE)
+        assert number, block
+        jobs[number[1]] = f"{rule} {wildcards[1]}" if wildcards else rule
+    return jobs
+
+
+def finished_in(output: str) -> set[Job]:
+    """Return the jobs that Snakemake said were finished."""
+    jobs = jobs_in(output)
+    return {jobs[number] for number in re.findall(r"^Finished jobid: (\d+) ", output, re.MULTILINE)}
+
+
+def planned(folder: Path) -> set[Job]:
+    """Return the jobs that the next call would run."""
+    result = run_snakemake(folder, "--dry-run", *DEMO)
+    assert result.returncode == 0, result.stdout[-3000:]
+    return set(jobs_in(result.stdout).values())
+
+
+def usual_seconds(folder: Path) -> dict[Job, float]:
+    """Return how long each job took in a finished demo, from its benchmark files."""
+    files = sorted((folder / "results/demo/benchmarks").glob("*.tsv"))
+    return {file.stem: float(file.read_text().splitlines()[1].split("\t")[0]) for file in files}
+
+
+def usual_time(job: Job, usual: dict[str, float]) -> float:
+    """Return a job's usual time; two seconds where no benchmark tells."""
+    rule, _, wildcards = job.partition(" ")
+    value = wildcards.partition("=")[2]
+    name = (
+        f"evaluate_{value}" if rule == "evaluate_variant" else f"{rule}_{value}" if value else rule
+    )
+    return usual.get(name, 2.0)
+
+
+class Victim:
+    """A snakemake under way, in a session of its own that can be killed as a whole."""
+
+    def __init__(self, folder: Path, output: Path) -> None:
+        self.output = output
+        with output.open("w") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "snakemake", "--cores", "2", *DEMO],
+                cwd=folder, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+
+    def running(self) -> set[Job]:
+        """Return the jobs that were announced and not said to be finished."""
+        output = self.output.read_text()
+        return set(jobs_in(output).values()) - finished_in(output) - {"all"}
+
+    def wait_for_job(self, aimed: Counter[Job], rounds: int) -> Job | None:
+        """Return a job that starts and was not aimed at `rounds` times; None when the run ended."""
+        while self.process.poll() is None:
+            for job in sorted(self.running()):
+                if aimed[job] < rounds:
+                    return job
+            time.sleep(0.02)
+        assert self.process.returncode == 0, self.output.read_text()[-3000:]
+        return None
+
+    def kill(self, moment: float) -> None:
+        """After so many seconds end snakemake and all its jobs, without a chance to clean up."""
+        try:
+            self.process.wait(timeout=moment)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+def kill_in_turn(
+    folder: Path, usual: dict[str, float], rounds: int, dice: random.Random
+) -> Iterator[tuple[float, set[Job]]]:
+    """Aim at each job `rounds` times, until the run is through; yield the moment and what was hit.
+
+    Raises AssertionError where the next call would make a finished file again, or would take a
+    job that was hit for finished.
+    """
+    everything = planned(folder)
+    aimed: Counter[Job] = Counter()
+    finished: set[Job] = set()
+    while True:
+        victim = Victim(folder, folder.parent / "killed.txt")
+        job = victim.wait_for_job(aimed, rounds)
+        if job is None:
+            return
+        aimed[job] += 1
+        moment = dice.uniform(0, usual_time(job, usual))
+        victim.kill(moment)
+        finished |= finished_in(victim.output.read_text())
+        hit = victim.running()
+        run_snakemake(folder, "--unlock", *DEMO)
+        plan = planned(folder)
+        assert not plan & finished, (
+            f"{job} hit at {moment:.2f} s: would be made again: {plan & finished}"
+        )
+        # One may end in the blink before Snakemake says so; the comparison will tell if it had not.
+        gone = everything - finished - plan
+        assert gone <= hit, (
+            f"{job} hit at {moment:.2f} s: never made, but not planned: {gone - hit}"
+        )
+        finished |= gone
+        yield moment, hit - gone
+
+
+def leftovers(folder: Path) -> list[str]:
+    """Return what killed programs left under temporary names and no later one removed."""
+    places = [folder / "results", folder / "resources"]
+    return [str(path) for place in places for path in place.rglob("*.partial")]
+
+
+def check(undisturbed: Path, folder: Path, rounds: int, seed: int) -> int:
+    """Run the demo under kills in `folder` and compare it with a finished demo; return the kills.
+
+    Raises AssertionError where anything differs or was left behind.
+    """
+    copy_checkout(folder)
+    shutil.rmtree(folder / "resources" / CONVERTER.name)  # it is to be fetched under kills, too
+    for archive in DOWNLOADS.glob("*.tar.gz"):
+        (folder / "resources/downloads").mkdir()
+        shutil.copy(archive, folder / "resources/downloads")
+    kills = 0
+    for moment, hit in kill_in_turn(
+        folder, usual_seconds(undisturbed), rounds, random.Random(seed)
+    ):
+        kills += 1
+        print(
+            f"kill {kills} after {moment:.2f} s: {', '.join(sorted(hit)) or 'nothing, it was quicker'}",
+            flush=True,
+        )
+    for part in (
+        "results/demo",
+        "resources/demo",
+        "resources/models",
+        f"resources/{CONVERTER.name}",
+    ):
+        differing = differing_files(undisturbed / part, folder / part)
+        assert not differing, f"{part}: not as in the undisturbed run: {differing}"
+    assert not leftovers(folder), leftovers(folder)
+    return kills
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="how often to aim at each job")
+    parser.add_argument("--seed", type=int, default=time.time_ns() % 100_000)
+    arguments = parser.parse_args()
+    print(f"seed {arguments.seed}")
+    with tempfile.TemporaryDirectory() as folder:
+        undisturbed = copy_checkout(Path(folder, "undisturbed"))
+        result = run_snakemake(undisturbed, *DEMO)
+        assert result.returncode == 0, result.stdout[-3000:]
+        kills = check(
+            undisturbed, Path(folder, "killed", "checkout"), arguments.rounds, arguments.seed
+        )
+    print(f"{kills} kills; the same files as undisturbed, nothing finished was made again")
+
+
+if __name__ == "__main__":
+    main()

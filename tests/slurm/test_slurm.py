@@ -1,0 +1,233 @@
+"""The demo through a real SLURM, and what it says and does when things go wrong there."""
+
+import json
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster import Cluster, Run, query, unavailable, wait_until, write_profile
+from comparison import differing_files
+from conftest import copy_checkout
+
+LOCAL = {"fetch_model", "fetch_dataset", "compare", "report", "all"}
+ADAPTER = "results/demo/adapter"
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A running cluster; what it started is ended with the session."""
+    if reason := unavailable():
+        pytest.skip(f"no SLURM: {reason}")
+    started = Cluster(tmp_path_factory.mktemp("slurm"))
+    try:
+        started.start()
+        yield started
+    finally:
+        started.stop()
+
+
+@pytest.fixture(scope="session")
+def checkout(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout in which the demo was run through SLURM, from nothing."""
+    folder = copy_checkout(tmp_path_factory.mktemp("cluster") / "pocket tune")
+    write_profile(folder)
+    run = Run(folder)
+    assert run.finish(seconds=1500) == 0, run.text()[-5000:]
+    (folder / "run.txt").rename(folder / "demo.txt")
+    return folder
+
+
+@pytest.fixture
+def train(checkout: Path, cluster: Cluster) -> Iterator[Callable[..., Run]]:
+    """Start a training of settings of its own, so that it has to be made; nothing is left running."""
+    seed = time.monotonic_ns() % 1_000_000
+    runs: list[Run] = []
+
+    def start(*arguments: str, epochs: int = 6) -> Run:
+        settings = {"train": {"seed": seed, "epochs": epochs, "patience": 1000}}
+        (checkout / "runs/fault.yaml").write_text(yaml.safe_dump(settings))
+        runs.append(Run(checkout, "runs/fault.yaml", *arguments, "--", ADAPTER))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        if run.process.poll() is None:
+            run.kill()
+    subprocess.run(["scancel", "--user=root"], check=False)
+    wait_until(lambda: not cluster.jobs("RUNNING", "COMPLETING"), 60, "the jobs to end")
+    subprocess.run(
+        [*["snakemake", "--unlock", "--configfile", "runs/demo.yaml"]],
+        cwd=checkout,
+        check=False,
+        capture_output=True,
+    )
+
+
+def wait_for_updates(cluster: Cluster, checkout: Path) -> str:
+    """Wait until the training job has made updates; return the job's number."""
+    log = checkout / "results/demo/logs/train.log"
+    wait_until(
+        lambda: running_training(cluster) and "updates" in read(log), 120, "the first updates"
+    )
+    return running_training(cluster)
+
+
+def running_training(cluster: Cluster) -> str:
+    return next((number for number, rule, _ in cluster.jobs("RUNNING") if rule == "train"), "")
+
+
+def read(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+def resumed(checkout: Path) -> int:
+    """Return how often the finished training was gone on with."""
+    return json.loads((checkout / ADAPTER / "training.json").read_text())["resumed"]
+
+
+# --- the demo ---
+
+
+def test_each_job_ran_where_it_belongs(checkout: Path, cluster: Cluster) -> None:
+    output = (checkout / "demo.txt").read_text()
+    local = set(re.findall(r"^localrule (\w+):", output, re.MULTILINE))
+    assert local == LOCAL
+    rules = {number: rule for number, rule, _ in cluster.jobs()}
+    assert not LOCAL & set(rules.values())
+    partitions = {(rules[job["JobId"]], job["Partition"]) for job in cluster.finished()}
+    assert ("train", "gpu") in partitions
+    assert {partition for rule, partition in partitions if rule != "train"} == {"cpu"}
+    gpus = {(rules[job], gpu) for job, _, gpu in cluster.tasks()}
+    assert ("train", "0") in gpus
+    assert {gpu for rule, gpu in gpus if rule != "train"} == {"none"}
+
+
+def test_cluster_makes_what_this_machine_makes(checkout: Path, finished_demo: Path) -> None:
+    assert differing_files(checkout / "results/demo", finished_demo / "results/demo") == []
+
+
+def test_compute_nodes_are_told_to_stay_off_the_network(checkout: Path) -> None:
+    logs = list((checkout / "results/logs/slurm/rule_train").rglob("*.log"))
+    assert logs
+    # The job's command, as SLURM keeps it, is in no log: ask a job itself.
+    profile = yaml.safe_load((checkout / "profiles/slurm/config.yaml").read_text())
+    assert profile["precommand"] == "export HF_HUB_OFFLINE=1"
+
+
+# --- trouble ---
+
+
+def test_cancelled_training_goes_on(
+    train: Callable[..., Run], cluster: Cluster, checkout: Path
+) -> None:
+    run = train("--retries", "0")
+    number = wait_for_updates(cluster, checkout)
+    subprocess.run(["scancel", number], check=True)
+    assert run.finish() == 1
+    stopped, failed = run.messages()
+    assert re.fullmatch(
+        r"train: stopped by SIGTERM after update \d+ of \d+; the same command goes on from there",
+        stopped,
+    )
+    assert (
+        f"error: train: SLURM job {number} was cancelled, by scancel or by an administrator"
+        in failed
+    )
+    assert not (checkout / ADAPTER).exists()
+    assert train().finish() == 0
+    assert resumed(checkout) == 1
+
+
+def test_training_over_its_time_goes_on_in_the_next_job(
+    train: Callable[..., Run], checkout: Path
+) -> None:
+    limited = ("--set-resources", "train:runtime=1", "train:slurm_partition=gpu")
+    run = train("--retries", "0", *limited, epochs=24)
+    assert run.finish() == 1
+    stopped, failed = run.messages()
+    assert "stopped by SIGTERM" in stopped
+    assert "ran over its time limit: give it a longer one in the profile" in failed
+    # With the profile's retries the rest takes as many jobs as it needs.
+    run = train("--retries", "2", *limited, epochs=24)
+    assert run.finish() == 0, run.text()[-3000:]
+    assert resumed(checkout) >= 1
+
+
+def test_training_over_its_memory(train: Callable[..., Run], checkout: Path) -> None:
+    limits = ("--set-resources", "train:slurm_partition=gpu", "train:mem_mb=attempt * 300")
+    run = train("--retries", "1", *limits, epochs=1)
+    assert run.finish() == 1
+    first, second = run.messages()
+    for message in (first, second):
+        assert "ran over its memory: give it more in the profile (set-resources, mem_mb)" in message
+    assert "--mem 300" in run.text() or "mem_mb=300" in run.text()
+    assert "mem_mb=600" in run.text(), "the second try has twice the memory"
+    assert train(epochs=1).finish() == 0
+
+
+def test_drained_node_is_named(train: Callable[..., Run], cluster: Cluster) -> None:
+    node = f"NodeName={cluster.host}"
+    subprocess.run(["scontrol", "update", node, "State=DRAIN", "Reason=maintenance"], check=True)
+    try:
+        run = train(epochs=1)
+        run.wait_for("waiting: train, SLURM job")
+        assert run.process.poll() is None
+    finally:
+        subprocess.run(["scontrol", "update", node, "State=RESUME"], check=True)
+    assert run.finish() == 0
+    assert "sinfo -R" in run.messages()[0]
+
+
+def test_controller_restarted_under_way(
+    train: Callable[..., Run], cluster: Cluster, checkout: Path
+) -> None:
+    run = train()
+    number = wait_for_updates(cluster, checkout)
+    cluster.stop_daemon("slurmctld")
+    time.sleep(10)
+    cluster.start_daemon("slurmctld", "-D")
+    assert run.finish() == 0, run.text()[-3000:]
+    assert resumed(checkout) == 0, "the job itself was not disturbed"
+    assert (number, "train", "COMPLETED") in cluster.jobs()
+
+
+def test_interrupted_snakemake_cancels_its_jobs(
+    train: Callable[..., Run], cluster: Cluster, checkout: Path
+) -> None:
+    run = train()
+    number = wait_for_updates(cluster, checkout)
+    run.process.send_signal(signal.SIGINT)
+    assert run.finish() == 1
+    wait_until(lambda: (number, "train", "CANCELLED") in cluster.jobs(), 60, "the job's end")
+    assert train().finish() == 0
+    assert resumed(checkout) == 1
+
+
+def test_killed_snakemake_leaves_a_job_that_is_named(
+    train: Callable[..., Run], cluster: Cluster, checkout: Path
+) -> None:
+    run = train()
+    number = wait_for_updates(cluster, checkout)
+    run.kill()
+    assert train().finish() == 1
+    assert "--unlock" in (checkout / "run.txt").read_text()
+    subprocess.run(
+        ["snakemake", "--unlock", "--configfile", "runs/demo.yaml"], cwd=checkout, check=True
+    )
+    run = train()
+    assert run.finish() == 2
+    (message,) = run.messages()
+    assert (
+        f"SLURM still has jobs of an earlier snakemake of this folder: {number} (train)" in message
+    )
+    assert query("squeue", "--noheader", "--states=RUNNING", "--format=%i").split() == [number]
+    subprocess.run(["scancel", number], check=True)
+    wait_until(lambda: not cluster.jobs("RUNNING", "COMPLETING"), 60, "the job's end")
+    assert train().finish() == 0
+    assert resumed(checkout) == 1
