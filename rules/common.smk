@@ -56,6 +56,7 @@ OWN_ADAPTER = config["train"]["adapter"]
 VARIANTS = sorted(config["quantize"])
 STAGES = ["tfidf", "base", "adapter", "merged", "f16", *VARIANTS]
 SPLIT = config["evaluate"]["split"]
+RESULTS = config.get("pathvars", {}).get("results", "results")
 
 
 def settings(*sections):
@@ -168,7 +169,7 @@ def prepare_cluster():
     if workflow.executor_plugin.name != "slurm":
         return
     try:
-        refuse_strays(Path.cwd())
+        refuse_strays(Path.cwd(), RESULTS)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -177,8 +178,8 @@ def prepare_cluster():
 
 def repeat_errors(snakemake_log):
     """Print what failing programs and SLURM said once more, below all that Snakemake says."""
-    folder = Path(config.get("pathvars", {}).get("results", "results"), "logs")
-    for message in program_messages(folder.glob("*.log"), since=STARTED):
+    logs = Path(RESULTS, "logs").glob("*.log")
+    for message in program_messages(logs, since=STARTED):
         print(message, file=sys.stderr)
     for message in explain_failures(Path(snakemake_log).read_text(encoding="utf-8")):
         print(f"error: {message}", file=sys.stderr)

@@ -65,19 +65,30 @@ def queued_jobs(folder: Path, states: str) -> list[QueuedJob]:
     return jobs
 
 
-def refuse_strays(folder: Path) -> None:
-    """Raise UserError where jobs of an earlier snakemake, which was killed, still run or wait.
+def refuse_strays(folder: Path, results: str) -> None:
+    """Raise UserError where jobs that a killed snakemake left behind still work on `results`.
 
-    Two jobs would write the same files.
+    Two jobs would write the same files. Jobs of another run, which has results of its own, may go
+    on: so each job is looked up in the logs of `folder`/.snakemake.
     """
-    strays = queued_jobs(folder, "PENDING,RUNNING,COMPLETING,SUSPENDED")
-    if strays:
-        named = list_faults([f"{job.number} ({job.rule})" for job in strays])
-        numbers = " ".join(job.number for job in strays)
+    jobs = queued_jobs(folder, "PENDING,RUNNING,COMPLETING,SUSPENDED")
+    if not jobs:
+        return
+    logs = [read_log(path) for path in (folder / ".snakemake/log").glob("*.log")]
+    ours = [log for log in logs if f" log: {results}/logs/" in log]
+    left = [job for job in jobs if any(f"SLURM jobid {job.number} " in log for log in ours)]
+    if left:
+        named = list_faults([f"{job.number} ({job.rule})" for job in left])
+        numbers = " ".join(job.number for job in left)
         raise UserError(
-            f"SLURM still has jobs of an earlier snakemake of this folder: {named}; wait for them,"
+            f"SLURM still has jobs of an earlier snakemake for {results}: {named}; wait for them,"
             f" or end them with `scancel {numbers}`, and run again"
         )
+
+
+def read_log(path: Path) -> str:
+    """Return a log's text, whatever bytes a program wrote into it; "" where there is none."""
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def watch_queue(folder: Path, interval: float = 60.0) -> None:
@@ -109,8 +120,7 @@ def explain_failures(snakemake_log: str) -> Iterator[str]:
     logs = dict(SUBMITTED.findall(snakemake_log))
     for rule, number, state in FAILED.findall(snakemake_log):
         log = Path(logs.get(number, ""))
-        text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
-        if state not in ADVICE and OVER_MEMORY.search(text):
+        if state not in ADVICE and OVER_MEMORY.search(read_log(log)):
             state = "OUT_OF_MEMORY"
         advice = ADVICE.get(state, f"failed ({state})")
         yield f"{rule}: SLURM job {number} {advice}; its log: {log}"
@@ -124,7 +134,7 @@ def program_messages(logs: Iterable[Path], since: float) -> Iterator[str]:
     for path in sorted(logs):
         if path.stat().st_mtime < since:
             continue
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in read_log(path).splitlines():
             text = line.partition(" ")[2]  # behind the time
             if text.startswith("error: "):
                 yield text

@@ -97,18 +97,17 @@ class Cluster:
             f"{MARK}\nNodeName={self.host} Name=gpu File=/dev/null\n"
         )
         self._start_munge()
-        self.start_daemon("slurmctld", "-D", "-c")
-        self.start_daemon("slurmd", "-D", "-c")
+        self.start_daemon("slurmctld", "slurmctld", "-D", "-c")
+        self.start_daemon("slurmd", "slurmd", "-D", "-c")
         wait_until(lambda: self.node_state() == "idle", seconds=60, what="the node to be idle")
 
     def start_daemon(self, name: str, *arguments: str) -> None:
-        """Start a daemon in the foreground of a process of its own."""
+        """Start a daemon that ends with this process, however this one ends."""
         with (self.folder / f"{name}.out").open("ab") as out:
-            program = shutil.which(name)
-            assert program
             self.daemons[name] = subprocess.Popen(
-                [program, *arguments], stdout=out, stderr=out, start_new_session=True
-            )
+                ["setpriv", "--pdeathsig", "TERM", *arguments],
+                stdout=out, stderr=out, start_new_session=True,
+            )  # fmt: skip
 
     def stop_daemon(self, name: str) -> None:
         """End a daemon and wait for it."""
@@ -138,10 +137,8 @@ class Cluster:
         for path in ("/run/munge", "/var/log/munge", "/var/lib/munge"):
             Path(path).mkdir(exist_ok=True)
             os.chown(path, user.pw_uid, user.pw_gid)
-        self.daemons["munged"] = subprocess.Popen(
-            ["runuser", "--user", "munge", "--", "munged", "--foreground"],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
+        account = ("--reuid", "munge", "--regid", "munge", "--clear-groups")
+        self.start_daemon("munged", *account, "munged", "--foreground")
         wait_until(
             lambda: subprocess.run(["munge", "-n"], capture_output=True).returncode == 0,
             seconds=20,

@@ -191,7 +191,7 @@ def test_controller_restarted_under_way(
     number = wait_for_updates(cluster, checkout)
     cluster.stop_daemon("slurmctld")
     time.sleep(10)
-    cluster.start_daemon("slurmctld", "-D")
+    cluster.start_daemon("slurmctld", "slurmctld", "-D")
     assert run.finish() == 0, run.text()[-3000:]
     assert resumed(checkout) == 0, "the job itself was not disturbed"
     assert (number, "train", "COMPLETED") in cluster.jobs()
@@ -224,7 +224,8 @@ def test_killed_snakemake_leaves_a_job_that_is_named(
     assert run.finish() == 2
     (message,) = run.messages()
     assert (
-        f"SLURM still has jobs of an earlier snakemake of this folder: {number} (train)" in message
+        f"SLURM still has jobs of an earlier snakemake for results/demo: {number} (train)"
+        in message
     )
     assert query("squeue", "--noheader", "--states=RUNNING", "--format=%i").split() == [number]
     subprocess.run(["scancel", number], check=True)
