@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 
 from pockettune import checkpoints, metrics, packing, program
 from pockettune.batching import group_by_tokens
-from pockettune.errors import UserError
+from pockettune.errors import DiskFullError, UserError
 from pockettune.prompts import Example
 from pockettune.scoring import score_answers
 from pockettune.tasks import Task
@@ -266,7 +266,12 @@ def run_updates(
                     program.logger.info("validation after update %d: %s", number, told)
             state.seconds = time.perf_counter() - begun
             if stop.signal or time.perf_counter() - last_saved >= save_every:
-                checkpoints.save_checkpoint(scratch, state.as_dict())
+                try:
+                    checkpoints.save_checkpoint(scratch, state.as_dict())
+                except DiskFullError as error:  # hours of work need not end with it
+                    if stop.signal:
+                        raise
+                    program.logger.warning("going on without a new checkpoint: %s", error)
                 last_saved = time.perf_counter()
             if stop.signal:
                 program.logger.error(
