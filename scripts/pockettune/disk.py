@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,10 +10,13 @@ from pathlib import Path
 from pockettune.errors import DiskFullError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)  # no space left; a user's quota is used up
-WORDS = ("No space left on device", "Not enough disk space")  # safetensors, pip; datasets
-# With less than this free, a write that failed for no stated reason failed for lack of room: some
-# network file systems write in blocks of so many bytes.
-NOTHING_FREE = 1_000_000
+FULL_IN_WORDS = re.compile("No space left on device|Not enough disk space")  # also: datasets
+# What NumPy's tofile, C++ streams (llama.cpp) and torch.save say of a write that failed, whatever
+# the reason was.
+FAILED_WRITE = re.compile(r"requested and \d+ written|iostream error|inline_container")
+# bytes; with less free, such a write failed for lack of room. Not 0: ext4 of Linux 6.18 refused
+# 3.2 MB as a whole while 1.8 MB were free.
+LITTLE = 100_000_000
 
 
 def require_space(output: Path, needed: int) -> None:
@@ -47,15 +51,12 @@ def tell_full_disk(output: Path, partial: Path, needed: int | None = None) -> It
 def is_disk_full(error: BaseException | None, partial: Path | None = None) -> bool:
     """Whether an exception, or one that it came from, is a write that found no room.
 
-    NumPy's tofile, torch.save and C++ streams only tell that a write failed: then the free space
-    beside `partial` decides, where that is given.
+    Of a write that failed for no stated reason, the free space beside `partial` tells.
     """
     while error is not None:
-        code = getattr(error, "errno", None)
-        if code in FULL or any(words in str(error) for words in WORDS):
+        if getattr(error, "errno", None) in FULL or FULL_IN_WORDS.search(str(error)):
             return True
-        unexplained = isinstance(error, OSError | RuntimeError) and code is None
-        if unexplained and partial is not None and _free_bytes(partial)[1] < NOTHING_FREE:
+        if partial and FAILED_WRITE.search(str(error)) and _free_bytes(partial)[1] < LITTLE:
             return True
         error = error.__cause__ or error.__context__
     return False
