@@ -14,11 +14,13 @@ import sys
 import tarfile
 from pathlib import Path
 
-from pockettune import hub, program
+from pockettune import disk, hub, program
 from pockettune.errors import UserError
 
 # Of the source releases that were looked at; another version needs its own line.
 SHA256 = {"0.3.36": "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"}
+
+SIZE = 76_000_000  # bytes of a source release, a little less
 
 WANTED = ("LICENSE", "convert_hf_to_gguf.py", "conversion/", "gguf-py/gguf/", "gguf-py/LICENSE",
           "models/ggml-vocab-qwen2.gguf")  # fmt: skip
@@ -30,7 +32,9 @@ def fetch_converter(version: str, downloads: Path, output: Path) -> None:
         raise UserError(f"llama-cpp-python {version}: known are {', '.join(SHA256)}")
     archive = downloads / f"llama_cpp_python-{version}.tar.gz"
     if not archive.exists():
-        download_release(version, downloads)
+        disk.require_space(archive, SIZE)
+        with disk.tell_full_disk(archive, archive, SIZE):
+            download_release(version, downloads)
     if (actual := hub.sha256(archive)) != SHA256[version]:
         archive.unlink()
         raise UserError(
@@ -47,9 +51,10 @@ def download_release(version: str, downloads: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps",
                "--no-binary", "llama-cpp-python", "--dest", str(downloads),
                f"llama-cpp-python=={version}"]  # fmt: skip
-    program.logger.info("downloading llama-cpp-python %s as source (77 MB)", version)
+    program.logger.info("downloading llama-cpp-python %s as source (%d MB)", version, SIZE // 10**6)
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
+        program.remove(downloads / f"llama_cpp_python-{version}.tar.gz")  # perhaps half of it
         reason = result.stderr.strip().splitlines()[-1:] or ["pip said nothing"]
         raise UserError(
             f"llama-cpp-python {version} could not be downloaded: {reason[0]}; "

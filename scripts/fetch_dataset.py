@@ -7,7 +7,6 @@ Output  {train,validation,test}.jsonl: id, the task's fields, and whether the te
 
 import argparse
 import json
-import shutil
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pockettune import hub, program
+from pockettune import disk, hub, program
 from pockettune.errors import UserError, list_faults
 from pockettune.records import read_table, write_records
 from pockettune.tasks import Record, Task, load_task
@@ -69,16 +68,12 @@ def read_hub(
     """Download a dataset repository and read its splits through the datasets library."""
     folder = downloads / f"{name.replace('/', '--')}@{revision}"
     hub.download("dataset", name, revision, folder)
-    # Imported here because it takes seconds that a local file need not wait for.
-    from datasets import load_dataset
-
     cache = folder.with_name(f"{folder.name}.arrow")
     try:
-        loaded = load_dataset(str(folder), cache_dir=str(cache))
-    except Exception as error:
-        raise UserError(f"dataset {name}: its files cannot be read: {error}") from error
-    tables = {split: rows.to_pandas() for split, rows in loaded.items()}
-    shutil.rmtree(cache)
+        with disk.tell_full_disk(cache, cache):
+            tables = load_splits(name, folder, cache)
+    finally:
+        program.remove(cache)
     missing = [split for split in SPLITS if split not in tables]
     if missing:
         raise UserError(
@@ -92,6 +87,18 @@ def read_hub(
                 f"dataset {name}, {split}: no column {', '.join(absent)}; it has {', '.join(tables[split].columns)}"
             )
     return {split: tables[split] for split in SPLITS}
+
+
+def load_splits(name: str, folder: Path, cache: Path) -> dict[str, pd.DataFrame]:
+    """Read all splits of a downloaded repository; the library writes them to `cache` first."""
+    # Imported here because it takes seconds that a local file need not wait for.
+    from datasets import load_dataset
+
+    try:
+        loaded = load_dataset(str(folder), cache_dir=str(cache))
+    except Exception as error:
+        raise UserError(f"dataset {name}: its files cannot be read: {error}") from error
+    return {split: rows.to_pandas() for split, rows in loaded.items()}
 
 
 def read_rows(table: pd.DataFrame, split: str, task: Task) -> list[Record]:

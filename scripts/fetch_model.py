@@ -12,22 +12,29 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pockettune import hub, program
+from pockettune import disk, hub, program
 from pockettune.errors import UserError
 from pockettune.models import check_model_folder, weight_files
 
 
 def fetch_model(model: Mapping[str, Any], downloads: Path, output: Path) -> None:
     """Copy or download the model's safe files to `output` and check them."""
+    needed = None
     if model["path"]:
         source = Path(model["path"])
         check_model_folder(source)
+        needed = sum(map(disk.used_bytes, safe_files(source)))
     else:
         source = downloads / f"{model['name'].replace('/', '--')}@{model['revision']}"
         hub.download("model", model["name"], model["revision"], source)
         check_model_folder(source)
-    with program.staged(output) as partial:
-        copy_safe_files(source, partial)
+    with program.staged(output, needed) as partial:
+        partial.mkdir()
+        for path in safe_files(source):
+            if model["path"]:
+                shutil.copyfile(path, partial / path.name)
+            else:
+                link_or_copy(path, partial / path.name)
         origin = model["path"] or f"{model['name']}@{model['revision']}"
         checksums = {path.name: hub.sha256(path) for path in weight_files(partial)}
         if not model["path"]:
@@ -38,13 +45,18 @@ def fetch_model(model: Mapping[str, Any], downloads: Path, output: Path) -> None
     program.logger.info("model of %s in %s", origin, output)
 
 
-def copy_safe_files(source: Path, target: Path) -> None:
-    """Copy the files at the top of a model folder that cannot run code."""
-    target.mkdir(parents=True)
-    for pattern in hub.SAFE_FILES:
-        for path in sorted(source.glob(pattern)):
-            if path.is_file():
-                shutil.copyfile(path, target / path.name)
+def safe_files(folder: Path) -> list[Path]:
+    """Return the files at the top of a model folder that cannot run code."""
+    found = {path for pattern in hub.SAFE_FILES for path in folder.glob(pattern)}
+    return sorted(path for path in found if path.is_file())
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a downloaded file a second name; copy it, in as many bytes, where that cannot be."""
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def check_weights(model: Mapping[str, Any], checksums: Mapping[str, str]) -> None:

@@ -8,13 +8,14 @@ Output  a model folder: FP16 safetensors, the base's tokenizer files unchanged
 """
 
 import argparse
+import math
 from pathlib import Path
 
 import torch
 
 from pockettune import program
 from pockettune.errors import UserError
-from pockettune.models import EMBEDDING, copy_tokenizer, load_model, read_header, weight_files
+from pockettune.models import EMBEDDING, copy_tokenizer, load_model, tensor_shapes
 
 FP16_MAX = torch.finfo(torch.float16).max
 
@@ -23,14 +24,15 @@ def merge_adapter(base: Path, adapter: Path, output: Path) -> None:
     """Merge in fp32, round once to fp16, and write the model folder."""
     from peft import PeftModel  # here, so that what it says at import goes into the log
 
-    model = load_model(base, dtype=torch.float32)
-    try:
-        merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
-    except ValueError as error:  # NaN in the adapter, or layers that the base has not
-        raise UserError(f"adapter {adapter} cannot be merged onto {base}: {error}") from error
-    check_range(merged)
-    merged.half()
-    with program.staged(output) as partial:
+    needed = 2 * sum(map(math.prod, tensor_shapes(base).values()))  # the tokenizer comes on top
+    with program.staged(output, needed) as partial:
+        model = load_model(base, dtype=torch.float32)
+        try:
+            merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
+        except ValueError as error:  # NaN in the adapter, or layers that the base has not
+            raise UserError(f"adapter {adapter} cannot be merged onto {base}: {error}") from error
+        check_range(merged)
+        merged.half()
         merged.save_pretrained(partial)
         copy_tokenizer(base, partial)
         check_shape(base, partial)
@@ -54,10 +56,7 @@ def check_shape(base: Path, merged: Path) -> None:
     A tied model that is saved with a head of its own grows by the size of its embedding: 272 MB
     of Qwen2.5-0.5B.
     """
-    before, after = (
-        {name: entry["shape"] for file in weight_files(folder) for name, entry in read_header(file).items()}
-        for folder in (base, merged)
-    )  # fmt: skip
+    before, after = tensor_shapes(base), tensor_shapes(merged)
     if before.get(EMBEDDING) != after.get(EMBEDDING):
         raise UserError(
             f"merging changed the embedding from {before.get(EMBEDDING)} to {after.get(EMBEDDING)}:"

@@ -11,8 +11,10 @@ is stored is read back and logged.
 import argparse
 import json
 import logging
+import logging.handlers
 import os
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from tqdm import tqdm
 
 from pockettune import program
 from pockettune.errors import UserError
-from pockettune.gguf_files import describe_file
+from pockettune.gguf_files import describe_file, read_gguf
 from pockettune.llama import start_backend
 
 
@@ -36,16 +38,16 @@ def quantize_model(recipe: Mapping[str, Any], source: Path, threads: int, output
     parameters.ftype = file_type
     parameters.nthread = threads
     parameters.pure = recipe.get("pure", False)
-    with program.staged(output) as partial:
-        with TensorProgress(recipe["type"]):
+    with program.staged(output, needed=compute_size(source, parameters)) as partial:
+        with TensorProgress(recipe["type"]) as bar:
             code = llama_cpp.llama_model_quantize(
                 os.fsencode(source), os.fsencode(partial), parameters
             )
         # The library may fail after the file is complete in size but not in content.
         if code != 0:
             raise UserError(
-                f"llama.cpp could not quantize {source} to {recipe['type']}; see the log"
-            )
+                f"llama.cpp could not quantize {source} to {recipe['type']}: {bar.failure or 'see the log'}"
+            ) from OSError(bar.failure)  # a full disk too is only told as a stream's error
         stored = describe_file(partial)
     program.logger.info(
         "%s: %.1f MB, %.2f bits a weight, %s",
@@ -54,22 +56,49 @@ def quantize_model(recipe: Mapping[str, Any], source: Path, threads: int, output
     )  # fmt: skip
 
 
+def compute_size(source: Path, parameters: Any) -> int | None:
+    """Return the bytes of the quantized file, 10 kB too few at most; None where it cannot be made.
+
+    A dry run tells them: `quant size  =   374.56 MiB` of tensors. The metadata are the source's.
+    """
+    heard = logging.handlers.BufferingHandler(capacity=sys.maxsize)
+    native = logging.getLogger("llama.cpp")
+    native.addHandler(heard)
+    parameters.dry_run, native.propagate = True, False  # the log need not have its lines twice
+    llama_cpp.llama_model_quantize(os.fsencode(source), b"", parameters)
+    parameters.dry_run, native.propagate = False, True
+    native.removeHandler(heard)
+    lines = "\n".join(record.getMessage() for record in heard.buffer)
+    told = re.search(r"quant size\s*=\s*([\d.]+) MiB", lines)
+    if told is None:
+        return None
+    rounded_down = int((float(told[1]) - 0.005) * 2**20)
+    return rounded_down + min(tensor.start for tensor in read_gguf(source)[1])
+
+
 class TensorProgress(logging.Handler):
-    """Shows a bar, read off llama.cpp's lines `[  12/ 290] blk.0.…`, while its block runs."""
+    """Shows a bar, read off llama.cpp's lines `[  12/ 290] blk.0.…`, while its block runs.
+
+    `failure` is what llama.cpp gave as its reason, if it failed.
+    """
 
     def __init__(self, description: str) -> None:
         super().__init__()
         self.bar: tqdm[Any] = program.progress(
             None, description=description, unit="tensors", total=0
         )
+        self.failure = ""
 
     def emit(self, record: logging.LogRecord) -> None:
+        if "failed to quantize: " in record.getMessage():
+            self.failure = record.getMessage().split("failed to quantize: ")[1]
         if match := re.match(r"\[\s*(\d+)/\s*(\d+)\]", record.getMessage()):
             self.bar.total = int(match[2])
             self.bar.update(int(match[1]) - self.bar.n)
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> "TensorProgress":
         logging.getLogger("llama.cpp").addHandler(self)
+        return self
 
     def __exit__(self, *_: object) -> None:
         logging.getLogger("llama.cpp").removeHandler(self)

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from pockettune import checkpoints, metrics, packing, program
+from pockettune import checkpoints, disk, metrics, packing, program
 from pockettune.adapters import add_adapter
 from pockettune.errors import UserError
 from pockettune.imports import imported_files
@@ -50,11 +50,13 @@ def train_adapter(
     batches = draw_batches(examples.count_tokens(), train)
     validator = make_validator(settings, tokens, len(batches))
     model = add_adapter(load_base(base, train, hardware), train, base)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    adapter = [p for p in model.parameters() if p.requires_grad]
+    trainable = sum(p.numel() for p in adapter)
     program.logger.info(
         "%d examples, %s trainable parameters, %s on %s",
         len(examples), f"{trainable:,}", hardware.precision, device,
     )  # fmt: skip
+    disk.require_space(output, sum(p.numel() * p.element_size() for p in adapter))
     checkpoint = scratch / deciding_digest(settings, base, tokens, hardware)
     state = run_updates(
         model, examples, batches, train, hardware, validator, checkpoint, save_every

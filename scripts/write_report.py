@@ -164,8 +164,9 @@ def main() -> None:
         content = gather(arguments)
         outputs = (arguments.html, arguments.card)
         for template, output in zip(arguments.templates, outputs, strict=True):
-            with program.staged(output) as partial:
-                partial.write_text(render(template, content), encoding="utf-8")
+            page = render(template, content).encode()
+            with program.staged(output, needed=len(page)) as partial:
+                partial.write_bytes(page)
         program.logger.info("report in %s", arguments.html)
 
     program.run(parser, work)

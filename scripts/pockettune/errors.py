@@ -12,6 +12,10 @@ class UserError(Exception):
         super().__init__(" ".join(message.split()))  # what a library says may be of many lines
 
 
+class DiskFullError(UserError):
+    """The disk is full, or would be: nobody's mistake, and over as soon as there is room."""
+
+
 def list_faults(faults: list[str], limit: int = 5) -> str:
     """Join faults of one kind into one line, so that all of them are mended at once."""
     shown = "; ".join(faults[:limit])

@@ -7,9 +7,11 @@ rules/common.smk sets from config.yaml's `hub:`.
 
 import hashlib
 import os
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
 
+from pockettune import disk
 from pockettune.errors import UserError
 from pockettune.program import logger
 
@@ -23,7 +25,8 @@ SAFE_FILES = ["*.json", "*.jsonl", "*.txt", "*.jinja", "*.model", "*.safetensors
 def download(kind: Kind, name: str, revision: str, folder: Path) -> None:
     """Download the safe files of a repository into `folder`, going on where a killed run stopped.
 
-    Raises UserError with the three ways on when the hub cannot be reached or does not have it.
+    Raises UserError with the three ways on when the hub cannot be reached or does not have it,
+    DiskFullError where there is no room for it.
     """
     source = os.environ.get("POCKETTUNE_HUB", "huggingface")
     endpoint = os.environ.get("POCKETTUNE_HUB_ENDPOINT") or None
@@ -44,6 +47,10 @@ def download(kind: Kind, name: str, revision: str, folder: Path) -> None:
         ) from error
 
 
+def _is_safe(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in SAFE_FILES)
+
+
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:
@@ -62,9 +69,13 @@ def _from_huggingface(
 
     api = HfApi(endpoint=endpoint)
     info = api.repo_info(name, repo_type=kind, revision=revision, files_metadata=True)
-    api.snapshot_download(
-        name, repo_type=kind, revision=info.sha, local_dir=folder, allow_patterns=SAFE_FILES
-    )
+    files = getattr(info, "siblings", None) or []
+    needed = sum(file.size or 0 for file in files if _is_safe(file.rfilename))
+    disk.require_space(folder, needed - disk.used_bytes(folder))  # a killed run may have left some
+    with disk.tell_full_disk(folder, folder, needed):
+        api.snapshot_download(
+            name, repo_type=kind, revision=info.sha, local_dir=folder, allow_patterns=SAFE_FILES
+        )
     for file in getattr(info, "siblings", None) or []:
         path = folder / file.rfilename
         if file.lfs is None or not path.exists():
@@ -87,11 +98,12 @@ def _from_modelscope(
     known = None if len(revision) == 40 else revision
     if known is None:
         logger.info("ModelScope does not know the commit %s: taking its default branch", revision)
-    snapshot_download(
-        name,
-        repo_type=kind,
-        revision=known,
-        local_dir=str(folder),
-        allow_patterns=SAFE_FILES,
-        endpoint=endpoint,
-    )
+    with disk.tell_full_disk(folder, folder):
+        snapshot_download(
+            name,
+            repo_type=kind,
+            revision=known,
+            local_dir=str(folder),
+            allow_patterns=SAFE_FILES,
+            endpoint=endpoint,
+        )

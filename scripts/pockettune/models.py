@@ -63,6 +63,12 @@ def read_header(path: Path) -> dict[str, Any]:
     return header
 
 
+def tensor_shapes(folder: Path) -> dict[str, list[int]]:
+    """Return the shape of every tensor that a model folder stores, by name."""
+    headers = [read_header(path) for path in weight_files(folder)]
+    return {name: entry["shape"] for header in headers for name, entry in header.items()}
+
+
 def _missing_files(folder: Path) -> list[str]:
     missing = [
         f"{name} is missing"

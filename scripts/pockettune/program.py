@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import errno
 import json
 import logging
 import shutil
@@ -14,6 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from pockettune import disk
 from pockettune.errors import UserError
 
 logger = logging.getLogger("pockettune")
@@ -31,17 +31,15 @@ def argument_parser(docstring: str | None) -> argparse.ArgumentParser:
 def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], None]) -> None:
     """Parse the command line, do the work, and turn a user's mistake into one line and exit 2."""
     arguments = parser.parse_args()
-    start_logging(arguments.log)
     try:
+        start_logging(arguments.log)
         work(arguments)
     except UserError as error:
         fail(str(error))
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            logger.exception("unexpected error")
-            raise SystemExit(1) from error
-        fail(f"disk full while writing {error.filename or 'output'}: make room and run again")
     except Exception as error:
+        if disk.is_disk_full(error):
+            written = getattr(error, "filename", None) or "output"
+            fail(f"disk full while writing {written}: make room and run again")
         logger.exception("unexpected error")
         raise SystemExit(1) from error
 
@@ -58,17 +56,33 @@ def start_logging(log: Path | None) -> None:
     # They say at every start what concerns their own next versions and optional parts.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
-    terminal = logging.StreamHandler()
+    terminal = _Terminal()
     terminal.setFormatter(logging.Formatter("%(message)s"))
     logger.addHandler(terminal)
     if log is None:
         return
     log.parent.mkdir(parents=True, exist_ok=True)
-    file = logging.FileHandler(log, mode="w", encoding="utf-8")
+    file = _LogFile(log, mode="w", encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     root = logging.getLogger()
     root.setLevel(logging.INFO)
     root.addHandler(file)
+
+
+class _Terminal(logging.StreamHandler):
+    """Writes lines above a bar that a library draws, not into it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
+
+
+class _LogFile(logging.FileHandler):
+    """A log that a full disk ends in silence: the terminal gets the one line all the same."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # logging's name
+        if not disk.is_disk_full(sys.exception()):
+            super().handleError(record)
 
 
 class _LogStream:
@@ -112,17 +126,21 @@ def progress(
 
 
 @contextlib.contextmanager
-def staged(output: Path) -> Iterator[Path]:
+def staged(output: Path, needed: int | None = None) -> Iterator[Path]:
     """Yield a temporary path beside `output` and move it there when the block succeeds.
 
     So a killed or failed program leaves nothing under the declared name. What an earlier,
-    killed run left under the temporary name is removed first.
+    killed run left under the temporary name is removed first. DiskFullError where the disk has
+    not the `needed` bytes, if known, or is full before the block's end.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.partial")
     remove(partial)
+    if needed is not None:
+        disk.require_space(output, needed)
     try:
-        yield partial
+        with disk.tell_full_disk(output, partial, needed):
+            yield partial
         remove(output)
         partial.replace(output)
     finally:

@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 
 from pockettune import checkpoints, metrics, packing, program
 from pockettune.batching import group_by_tokens
-from pockettune.errors import UserError
+from pockettune.errors import DiskFullError, UserError
 from pockettune.prompts import Example
 from pockettune.scoring import score_answers
 from pockettune.tasks import Task
@@ -265,15 +265,21 @@ def run_updates(
                     told = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
                     program.logger.info("validation after update %d: %s", number, told)
             state.seconds = time.perf_counter() - begun
-            if stop.signal or time.perf_counter() - last_saved >= save_every:
-                checkpoints.save_checkpoint(scratch, state.as_dict())
+            stopped_by = stop.signal  # a signal that comes from here on is for the next update
+            if stopped_by or time.perf_counter() - last_saved >= save_every:
+                try:
+                    checkpoints.save_checkpoint(scratch, state.as_dict())
+                except DiskFullError as error:  # hours of work need not end with it
+                    if stopped_by:
+                        raise
+                    program.logger.warning("going on without a new checkpoint: %s", error)
                 last_saved = time.perf_counter()
-            if stop.signal:
+            if stopped_by:
                 program.logger.error(
                     "stopped by %s after update %d of %d; the same command goes on from there",
-                    stop.signal.name, number, len(batches),
+                    stopped_by.name, number, len(batches),
                 )  # fmt: skip
-                raise SystemExit(128 + stop.signal)
+                raise SystemExit(128 + stopped_by)
     state.take_best()
     return state
 
