@@ -12,7 +12,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 CONVERTER = ROOT / "resources/llama.cpp-0.3.36"
-DOWNLOADS = ROOT / "resources/downloads"
+ARCHIVE = (
+    ROOT / "resources/downloads/llama_cpp_python-0.3.36.tar.gz"
+)  # the converter is taken from it
 
 # No test asks the real hub; one that means to reach a server starts it itself.
 os.environ |= {
@@ -56,7 +58,7 @@ def run_program(name: str, *arguments: str | Path) -> subprocess.CompletedProces
 
 
 def copy_checkout(target: Path) -> Path:
-    """Copy what git tracks or would track, with the fetched converter, so that nothing is fetched."""
+    """Copy what git tracks or would track, with the converter and its archive: nothing is fetched."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT, capture_output=True, text=True, check=True,
@@ -66,6 +68,9 @@ def copy_checkout(target: Path) -> Path:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, target / name)
     shutil.copytree(CONVERTER, target / "resources" / CONVERTER.name)
+    if ARCHIVE.exists():
+        (target / "resources/downloads").mkdir()
+        shutil.copyfile(ARCHIVE, target / "resources/downloads" / ARCHIVE.name)
     return target
 
 

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from comparison import differing_files
-from conftest import CONVERTER, DOWNLOADS, copy_checkout, run_snakemake
+from conftest import CONVERTER, copy_checkout, run_snakemake
 
 DEMO = ("--configfile", "runs/demo.yaml")
 JOB = re.compile(r"^(?:local)?rule (\w+):\n((?: +.*\n)+)", re.MULTILINE)
@@ -154,9 +154,6 @@ def check(undisturbed: Path, folder: Path, rounds: int, seed: int) -> int:
     """
     copy_checkout(folder)
     shutil.rmtree(folder / "resources" / CONVERTER.name)  # it is to be fetched under kills, too
-    for archive in DOWNLOADS.glob("*.tar.gz"):
-        (folder / "resources/downloads").mkdir()
-        shutil.copy(archive, folder / "resources/downloads")
     kills = 0
     for moment, hit in kill_in_turn(
         folder, usual_seconds(undisturbed), rounds, random.Random(seed)

@@ -15,7 +15,7 @@ from cluster import Cluster, Run, query, unavailable, wait_until, write_profile
 from comparison import differing_files
 from conftest import copy_checkout
 
-LOCAL = {"fetch_model", "fetch_dataset", "compare", "report", "all"}
+LOCAL = {"fetch_model", "fetch_dataset", "fetch_converter", "compare", "report", "all"}
 ADAPTER = "results/demo/adapter"
 
 
