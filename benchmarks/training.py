@@ -1,6 +1,6 @@
 """Time training against TRL's SFTTrainer, on a model of Qwen2.5-0.5B's exact shape.
 
-Five ways, each in a process of its own, in turn, over the same rows in the same chat format, with
+Six ways, each in a process of its own, in turn, over the same rows in the same chat format, with
 LoRA of rank 8 on all linear layers and the loss on the answer alone:
 
     PocketTune                   as config.yaml has it
@@ -8,6 +8,7 @@ LoRA of rank 8 on all linear layers and the loss on the answer alone:
     SFTTrainer                   as it comes: activations recomputed
     SFTTrainer bf16              with bf16 weights and bf16 autocast
     SFTTrainer bf16, keeping     the same with activations kept
+    SFTTrainer fp32, keeping     nothing switched on, as transformers' own Trainer comes
 
     python benchmarks/training.py [--batch-sizes 4] [--updates 4] [--rounds 2]
 
@@ -41,13 +42,15 @@ from common import (
 )
 
 MODEL = WORK / "model"
-WAYS = (
-    "PocketTune",
-    "PocketTune, recomputing",
-    "SFTTrainer",
-    "SFTTrainer bf16",
-    "SFTTrainer bf16, keeping",
-)
+BF16 = {"bf16": True, "model_init_kwargs": {"dtype": "bfloat16"}}
+FP32 = {"bf16": False, "model_init_kwargs": {"dtype": "float32"}}
+THEIRS: dict[str, dict[str, Any]] = {  # SFTConfig's settings
+    "SFTTrainer": {},
+    "SFTTrainer bf16": BF16,
+    "SFTTrainer bf16, keeping": BF16 | {"gradient_checkpointing": False},
+    "SFTTrainer fp32, keeping": FP32 | {"gradient_checkpointing": False},
+}
+WAYS = ("PocketTune", "PocketTune, recomputing", *THEIRS)
 REAL = WORK / "chnsenticorp"
 
 
@@ -85,7 +88,7 @@ def time_ours(rows: list[int], batch_size: int, recompute: bool) -> list[float]:
     return seconds
 
 
-def time_theirs(rows: list[int], batch_size: int, bf16: bool, keep: bool) -> list[float]:
+def time_theirs(rows: list[int], batch_size: int, options: dict[str, Any]) -> list[float]:
     """Return the seconds of each of SFTTrainer's updates on the same rows in the same order."""
     from datasets import Dataset
     from peft import LoraConfig
@@ -116,9 +119,6 @@ def time_theirs(rows: list[int], batch_size: int, bf16: bool, keep: bool) -> lis
                 torch.cuda.synchronize()
             stamps.append(time.perf_counter())
 
-    options: dict[str, Any] = {"bf16": True, "model_init_kwargs": {"dtype": "bfloat16"}} if bf16 else {}  # fmt: skip
-    if keep:
-        options["gradient_checkpointing"] = False
     trainer = SFTTrainer(
         model=str(MODEL),
         train_dataset=Dataset.from_list(chats),
@@ -160,7 +160,7 @@ def run_one(way: str, batch_size: int, updates: int) -> dict[str, float]:
     if way.startswith("PocketTune"):
         seconds = time_ours(rows, batch_size, recompute=way.endswith("recomputing"))
     else:
-        seconds = time_theirs(rows, batch_size, "bf16" in way, way.endswith("keeping"))
+        seconds = time_theirs(rows, batch_size, THEIRS[way])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()

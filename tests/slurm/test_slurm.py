@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -112,12 +113,20 @@ def test_cluster_makes_what_this_machine_makes(checkout: Path, finished_demo: Pa
     assert differing_files(checkout / "results/demo", finished_demo / "results/demo") == []
 
 
-def test_compute_nodes_are_told_to_stay_off_the_network(checkout: Path) -> None:
-    logs = list((checkout / "results/logs/slurm/rule_train").rglob("*.log"))
-    assert logs
-    # The job's command, as SLURM keeps it, is in no log: ask a job itself.
-    profile = yaml.safe_load((checkout / "profiles/slurm/config.yaml").read_text())
-    assert profile["precommand"] == "export HF_HUB_OFFLINE=1"
+def test_training_finds_a_gpu_and_stays_off_the_network(
+    train: Callable[..., Run], cluster: Cluster, checkout: Path
+) -> None:
+    run = train(epochs=2)
+    wait_for_updates(cluster, checkout)
+    (environment,) = [
+        process.environ()
+        for process in psutil.process_iter()
+        if "scripts/train_adapter.py" in process.cmdline()
+        and str(checkout) in process.environ().get("PWD", "")
+    ]
+    assert environment["CUDA_VISIBLE_DEVICES"] == "0"
+    assert environment["HF_HUB_OFFLINE"] == "1"
+    assert run.finish() == 0
 
 
 # --- trouble ---
