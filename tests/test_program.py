@@ -33,11 +33,22 @@ def test_failed_work_leaves_nothing_and_keeps_what_was(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
-    (tmp_path / ".output.partial").write_text("left by a killed run")
+    (tmp_path / ".output.0a1b2c3d.partial").mkdir()
     with program.staged(tmp_path / "output") as partial:
         assert not partial.exists()
         partial.write_text("new")
     assert (tmp_path / "output").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["output"]
+
+
+def test_two_writers_do_not_mix(tmp_path: Path) -> None:
+    """The first lives on although its snakemake was killed; the second was started by the next."""
+    output = tmp_path / "output"
+    with pytest.raises(FileNotFoundError), program.staged(output) as first:
+        first.write_text("first, half")
+        with program.staged(output) as second:
+            second.write_text("second")
+    assert output.read_text() == "second"
 
 
 def run_failing(error: Exception, log: Path, monkeypatch: pytest.MonkeyPatch) -> int:

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import logging
+import secrets
 import shutil
 import sys
 import warnings
@@ -129,19 +130,23 @@ def progress(
 def staged(output: Path, needed: int | None = None) -> Iterator[Path]:
     """Yield a temporary path beside `output` and move it there when the block succeeds.
 
-    So a killed or failed program leaves nothing under the declared name. What an earlier,
-    killed run left under the temporary name is removed first. DiskFullError where the disk has
-    not the `needed` bytes, if known, or is full before the block's end.
+    So a killed or failed program leaves nothing under the declared name. What an earlier one left
+    under a temporary name is removed first; should that one live on, whose snakemake was killed, it
+    fails instead of writing into this one's. DiskFullError where the disk has not the `needed`
+    bytes, if known, or is full before the block's end.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.partial")
-    remove(partial)
+    for path in output.parent.iterdir():
+        if path.name.startswith(f".{output.name}.") and path.name.endswith(".partial"):
+            remove(path)
+    partial = output.with_name(f".{output.name}.{secrets.token_hex(4)}.partial")
     if needed is not None:
         disk.require_space(output, needed)
     try:
         with disk.tell_full_disk(output, partial, needed):
             yield partial
-        remove(output)
+        if partial.is_dir():  # a file takes the other's place in one step
+            remove(output)
         partial.replace(output)
     finally:
         remove(partial)
