@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pockettune import hub, program
-from pockettune.errors import UserError
+from pockettune.errors import UserError, list_faults
 from pockettune.models import check_model_folder, weight_files
 
 
@@ -21,6 +21,7 @@ def fetch_model(model: Mapping[str, Any], downloads: Path, output: Path) -> None
     """Copy or download the model's safe files to `output` and check them."""
     if model["path"]:
         source = Path(model["path"])
+        check_links(source)
         check_model_folder(source)
     else:
         source = downloads / f"{model['name'].replace('/', '--')}@{model['revision']}"
@@ -36,6 +37,28 @@ def fetch_model(model: Mapping[str, Any], downloads: Path, output: Path) -> None
     if not model["path"]:
         shutil.rmtree(source)
     program.logger.info("model of %s in %s", origin, output)
+
+
+def check_links(folder: Path) -> None:
+    """Raise UserError where a file that would be copied is a link out of the model's folder.
+
+    A folder from elsewhere could so have the user's own files copied beside the model, to be
+    published with it. Links within the folder are followed, and those of a snapshot in Hugging
+    Face's cache, whose files are links to ../../blobs. A link that leads nowhere counts as missing.
+    """
+    home = folder.resolve()
+    allowed = [home, *([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])]
+    names = {path for pattern in hub.SAFE_FILES for path in folder.glob(pattern) if path.is_file()}
+    faults = [
+        f"{path.name} leads to {path.resolve()}"
+        for path in sorted(names)
+        if not any(path.resolve().is_relative_to(place) for place in allowed)
+    ]
+    if faults:
+        raise UserError(
+            f"model {folder}: links out of the folder are not followed: {list_faults(faults)};"
+            " put the files themselves there"
+        )
 
 
 def copy_safe_files(source: Path, target: Path) -> None:

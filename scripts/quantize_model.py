@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from pockettune import program
 from pockettune.errors import UserError
-from pockettune.gguf_files import describe_file
+from pockettune.gguf_files import describe_file, read_gguf
 from pockettune.llama import start_backend
 
 
@@ -31,6 +31,7 @@ def quantize_model(recipe: Mapping[str, Any], source: Path, threads: int, output
     file_type = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{recipe['type']}", None)
     if file_type is None:
         raise UserError(f"quantize: llama.cpp has no type {recipe['type']!r}")
+    read_gguf(source)  # names a damaged file
     start_backend()
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = file_type

@@ -106,3 +106,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     model.half().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def f16(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model as a GGUF file with 16-bit weights."""
+    path = tmp_path_factory.mktemp("gguf") / "f16.gguf"
+    result = run_program("convert_model.py", "--model", tiny_model, "--converter", CONVERTER,
+                         "--settings", LINEAGE, "--output", path)  # fmt: skip
+    assert result.returncode == 0, result.stdout
+    return path

@@ -8,6 +8,7 @@ each asks for logits. Batches are cut the same way every time, so a rerun gives 
 import contextlib
 import ctypes
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -15,9 +16,12 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
+from llama_cpp import _ggml
 
 from pockettune.batching import common_prefix, group_by_tokens
 from pockettune.errors import UserError
+from pockettune.gguf_files import REMEDY, read_gguf
+from pockettune.program import logger
 
 PROMPTS_A_BATCH = 16
 TOKENS_A_BATCH = 2048
@@ -32,10 +36,24 @@ def _log_native(level: int, text: bytes, _: ctypes.c_void_p) -> None:
         _logger.info(line)
 
 
+@ctypes.CFUNCTYPE(None, ctypes.c_char_p)
+def _end_in_one_line(text: bytes) -> None:
+    """Say why llama.cpp is about to kill this process, and end it as `program.fail` does.
+
+    Python cannot unwind from here; what was half written lies under a temporary name.
+    """
+    place = text.decode("utf-8", "replace").rsplit("/", 1)[-1]
+    logger.error("error: llama.cpp stopped at %s; a damaged GGUF file does that: %s", place, REMEDY)
+    os._exit(2)
+
+
 def start_backend() -> None:
     """Initialise llama.cpp and send its output to the log; needed once before anything else."""
-    # The callback object is module-level: llama.cpp keeps a pointer to it.
+    # The callback objects are module-level: llama.cpp keeps pointers to them.
     llama_cpp.llama_log_set(_log_native, ctypes.c_void_p(0))
+    # Not in llama_cpp's own interface, and on Windows not to be found through this library.
+    if set_callback := getattr(_ggml.libggml, "ggml_set_abort_callback", None):
+        set_callback(_end_in_one_line)
     llama_cpp.llama_backend_init()
 
 
@@ -43,6 +61,7 @@ class LlamaModel:
     """A GGUF model, opened for scoring; use it in a `with` block."""
 
     def __init__(self, path: Path, threads: int) -> None:
+        read_gguf(path)  # says what is wrong with a damaged file, which llama.cpp may not outlive
         start_backend()
         self.threads = threads
         parameters = llama_cpp.llama_model_default_params()
