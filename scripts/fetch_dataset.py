@@ -6,6 +6,7 @@ Output  {train,validation,test}.jsonl: id, the task's fields, and whether the te
 """
 
 import argparse
+import glob
 import json
 import shutil
 from collections import Counter, defaultdict
@@ -88,6 +89,13 @@ def read_hub(
 ) -> dict[str, pd.DataFrame]:
     """Download a dataset repository and read its splits through the datasets library."""
     folder = downloads / f"{name.replace('/', '--')}@{revision}"
+    place = str(folder.resolve())
+    if glob.escape(place) != place:
+        raise UserError(
+            f"dataset {name}: the datasets library takes *, ? and [ in a folder's name for a pattern"
+            f" and finds nothing in {place}; use a checkout elsewhere, or files of your own"
+            " (dataset.files)"
+        )
     hub.download("dataset", name, revision, folder)
     check_card(name, folder / "README.md")
     # Imported here because it takes seconds that a local file need not wait for.

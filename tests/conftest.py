@@ -80,6 +80,8 @@ def finished_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # All of it may stand in a file's name, and each shell word of it would leave a file behind.
 HOSTILE = """我的 '集' "x" $(touch pwned-1) `touch pwned-2`; touch pwned-3 & #*?[a]\\ ~!"""
+# A folder from which the datasets library reads too: it takes *, ? and [ for patterns.
+HOSTILE_FOLDER = HOSTILE.replace("*?[a]", "")
 SECRET = "hf_secretSecretSecretSecretSecret0123"
 
 
@@ -89,7 +91,7 @@ def hostile_demo(finished_demo: Path, tmp_path_factory: pytest.TempPathFactory) 
 
     A token stands in the environment. Leave the folder as it was, but for runs of your own.
     """
-    folder = copy_checkout(tmp_path_factory.mktemp("hostile") / f"口袋 {HOSTILE}")
+    folder = copy_checkout(tmp_path_factory.mktemp("hostile") / HOSTILE_FOLDER)
     data = folder / "外部 data"
     base = Path(shutil.copytree(finished_demo / "resources/demo/base", data / f"模型 {HOSTILE}"))
     files = {}

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from conftest import HOSTILE, LINEAGE, ROOT, run_program
+from conftest import HOSTILE, HOSTILE_FOLDER, LINEAGE, ROOT, run_program
 from fetch_dataset import fetch_dataset
 from fetch_model import fetch_model
 from loopback_hub import COMMIT, LoopbackHub, _Handler, serve
@@ -260,8 +260,18 @@ def test_honest_card_is_followed(
         "---\nconfigs:\n- config_name: default\n  data_files:\n"
         f"{files}  - {{split: train, path: [train.csv, extra.csv]}}\n---\n"
     )
-    fetch_from_hub(dataset, tmp_path, monkeypatch)
-    assert "一般" in (tmp_path / "out/train.jsonl").read_text()
+    checkout = tmp_path / HOSTILE_FOLDER
+    checkout.mkdir()
+    monkeypatch.chdir(checkout)
+    fetch_from_hub(dataset, Path("resources"), monkeypatch)  # relative, as the rule gives it
+    assert "一般" in (checkout / "resources/out/train.jsonl").read_text()
+
+
+def test_folder_that_the_reader_takes_for_a_pattern(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=r"takes \*, \? and \[ in a folder's name for a pattern"):
+        fetch_from_hub(dataset, tmp_path / "a[b]", monkeypatch)
 
 
 # --- paths that cannot work are refused before anything starts ---

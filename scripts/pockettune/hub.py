@@ -21,7 +21,6 @@ Kind = Literal["model", "dataset"]
 SAFE_FILES = ["*.json", "*.jsonl", "*.txt", "*.jinja", "*.model", "*.safetensors", "*.csv", "*.tsv",
               "*.parquet", "*.arrow", "*.md", "LICENSE*"]  # fmt: skip
 
-
 # Names that lead out of the repository's folder. ModelScope's client (1.40.2) would write there.
 OUTSIDE = ["/*", "../*", "*/../*", "*\\*", "*:*"]
 

@@ -86,7 +86,9 @@ def _config_faults(folder: Path) -> list[str]:
         except ValueError as error:
             faults.append(f"{path.name} is not JSON: {error}")
             continue
-        if "auto_map" in config:
+        if not isinstance(config, dict):
+            faults.append(f"{path.name} is not a JSON object")
+        elif "auto_map" in config:
             faults.append(f"{path.name} asks to run the model's own code (auto_map), which is refused")  # fmt: skip
     return faults
 
@@ -100,7 +102,10 @@ def _weight_faults(folder: Path) -> list[str]:
             faults.append(f"{path.name} {error}")
     index = folder / "model.safetensors.index.json"
     if index.is_file() and not faults:
-        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        try:
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return [f"{index.name} cannot be read"]
         absent = sorted(named - {path.name for path in weight_files(folder)})
         faults += [f"{name}, which {index.name} names, is not in the folder" for name in absent]
     return faults
