@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from pockettune import program
+from pockettune.errors import UserError
 from pockettune.evaluation import describe_divergence
 from pockettune.records import read_records
 from pockettune.statistics import (
@@ -30,6 +31,7 @@ from pockettune.statistics import (
 from pockettune.tasks import load_task
 
 BASELINE, REFERENCE = "tfidf", "f16"
+REMEDY = "remove predictions/ and run again, so that all are scored anew"
 
 
 def compare_stages(
@@ -59,10 +61,21 @@ def compare_stages(
     return {"stages": stages}
 
 
+def check_rows(predictions: dict[str, pd.DataFrame], answers: dict[str, str]) -> None:
+    """Raise UserError where a stage's rows are not the records', whose right `answers` go by id."""
+    for stage, table in predictions.items():
+        told = zip(table["id"], table["reference"], strict=True)
+        if foreign := [row for row, answer in told if answers.get(row) != answer]:
+            raise UserError(
+                f"the predictions of {stage} are of other records: {len(foreign)} of {len(table)}"
+                f" rows differ, the first is {foreign[0]}; {REMEDY}"
+            )
+
+
 def pair(before: pd.DataFrame, after: pd.DataFrame) -> dict[str, Any]:
     """Compare two stages' answers to the same rows, and to those that do not stand in train."""
     if before["id"].tolist() != after["id"].tolist():
-        raise ValueError("the stages were scored on different rows")
+        raise UserError(f"two stages were scored on different rows; {REMEDY}")
     unseen = ~after["seen"].to_numpy()
     return {
         "flips": int((before["prediction"] != after["prediction"]).sum()),
@@ -140,11 +153,13 @@ def main() -> None:
         metrics = {entry.pop("stage"): entry for entry in loaded}
         tables = map(pd.read_parquet, arguments.predictions)
         predictions = dict(zip(metrics, tables, strict=True))
+        task = load_task(arguments.settings["task"], arguments.settings["dataset"])
+        records = list(read_records(arguments.records))
+        check_rows(predictions, {record["id"]: task.answer(record) for record in records})
         compared = compare_stages(metrics, predictions)
         with program.staged(arguments.csv) as partial:
             as_table(compared).to_csv(partial, index=False)
-        task = load_task(arguments.settings["task"], arguments.settings["dataset"])
-        texts = {r["id"]: r[task.text_field] for r in read_records(arguments.records)}
+        texts = {record["id"]: record[task.text_field] for record in records}
         program.write_json(arguments.flips, list_flips(predictions, texts))
         program.write_json(arguments.json, compared)
         program.logger.info("metrics of %d stages in %s", len(compared["stages"]), arguments.json)

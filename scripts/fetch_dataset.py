@@ -6,9 +6,10 @@ Output  {train,validation,test}.jsonl: id, the task's fields, and whether the te
 """
 
 import argparse
+import glob
 import json
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,14 @@ SPLITS = ("train", "validation", "test")
 def fetch_dataset(
     dataset: Mapping[str, Any], task_settings: Mapping[str, Any], downloads: Path, output: Path
 ) -> None:
-    """Read the splits, check every row, mark what was seen in train, and write records and audit."""
+    """Read the splits, check every row, mark what was seen in train, and write records and audit.
+
+    Raises UserError, and writes nothing, where a local file changed meanwhile: the splits may then
+    be of two states, and Snakemake would take the newer for the one that was read.
+    """
     task = load_task(task_settings, dataset)
     columns = [dataset["text_column"], dataset["label_column"]]
+    before = file_states(dataset["files"])
     if dataset["files"]:
         tables = read_files(dataset["files"], dataset["split"], columns)
     else:
@@ -36,12 +42,27 @@ def fetch_dataset(
     records = {split: read_rows(table, split, task) for split, table in tables.items()}
     mark_seen(records, task)
     audit = audit_splits(records, task)
+    after = file_states(dataset["files"])
+    if changed := [path for path, state in before.items() if state != after[path]]:
+        raise UserError(
+            f"{list_faults(changed)} changed while it was read; run again when nothing writes to it"
+        )
     for split, rows in records.items():
         write_records(output / f"{split}.jsonl", rows)
     program.write_json(output / "audit.json", audit)
     for split, facts in audit["splits"].items():
         seen = f", {facts['seen_in_train']} of them stand in train" if split != "train" else ""
         program.logger.info("%s: %d rows%s", split, facts["rows"], seen)
+
+
+def file_states(files: Mapping[str, str] | None) -> dict[str, tuple[int, ...]]:
+    """Return what tells one state of a file from the next: its size, time in ns and inode."""
+    states: dict[str, tuple[int, ...]] = {}
+    for name in (files or {}).values():
+        if Path(name).exists():  # else reading it says so
+            state = Path(name).stat()
+            states[name] = (state.st_size, state.st_mtime_ns, state.st_ino)
+    return states
 
 
 def read_files(
@@ -67,7 +88,15 @@ def read_hub(
 ) -> dict[str, pd.DataFrame]:
     """Download a dataset repository and read its splits through the datasets library."""
     folder = downloads / f"{name.replace('/', '--')}@{revision}"
+    place = str(folder.resolve())
+    if glob.escape(place) != place:
+        raise UserError(
+            f"dataset {name}: the datasets library takes *, ? and [ in a folder's name for a pattern"
+            f" and finds nothing in {place}; use a checkout elsewhere, or files of your own"
+            " (dataset.files)"
+        )
     hub.download("dataset", name, revision, folder)
+    check_card(name, folder / "README.md")
     cache = folder.with_name(f"{folder.name}.arrow")
     try:
         with disk.tell_full_disk(cache, cache):
@@ -99,6 +128,36 @@ def load_splits(name: str, folder: Path, cache: Path) -> dict[str, pd.DataFrame]
     except Exception as error:
         raise UserError(f"dataset {name}: its files cannot be read: {error}") from error
     return {split: rows.to_pandas() for split, rows in loaded.items()}
+
+
+def check_card(name: str, card: Path) -> None:
+    """Raise UserError where a dataset's README.md sends the datasets library out of its folder.
+
+    Its header may name the files of each split, and the library follows it to any file of this
+    machine and any address.
+    """
+    if not card.exists():
+        return
+    from huggingface_hub import DatasetCard  # as the library reads it
+
+    try:
+        header = DatasetCard.load(card, ignore_metadata_errors=True).data.to_dict()
+    except Exception as error:
+        raise UserError(f"dataset {name}: its README.md cannot be read: {error}") from error
+    paths = dict.fromkeys(_texts(header.get("configs")))
+    hub.refuse_outside(f"dataset {name}: README.md", paths)
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Yield every text in nested lists and mappings."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _texts(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _texts(part)
 
 
 def read_rows(table: pd.DataFrame, split: str, task: Task) -> list[Record]:

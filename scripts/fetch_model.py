@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pockettune import disk, hub, program
-from pockettune.errors import UserError
+from pockettune.errors import UserError, list_faults
 from pockettune.models import check_model_folder, weight_files
 
 
@@ -22,6 +22,7 @@ def fetch_model(model: Mapping[str, Any], downloads: Path, output: Path) -> None
     needed = None
     if model["path"]:
         source = Path(model["path"])
+        check_links(source)
         check_model_folder(source)
         needed = sum(map(disk.used_bytes, safe_files(source)))
     else:
@@ -57,6 +58,27 @@ def link_or_copy(source: Path, target: Path) -> None:
         target.hardlink_to(source)
     except OSError:
         shutil.copyfile(source, target)
+
+
+def check_links(folder: Path) -> None:
+    """Raise UserError where a file that would be copied is a link out of the model's folder.
+
+    A folder from elsewhere could so have the user's own files copied beside the model, to be
+    published with it. Links within the folder are followed, and those of a snapshot in Hugging
+    Face's cache, whose files are links to ../../blobs. A link that leads nowhere counts as missing.
+    """
+    home = folder.resolve()
+    allowed = [home, *([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])]
+    faults = [
+        f"{path.name} leads to {path.resolve()}"
+        for path in safe_files(folder)
+        if not any(path.resolve().is_relative_to(place) for place in allowed)
+    ]
+    if faults:
+        raise UserError(
+            f"model {folder}: links out of the folder are not followed: {list_faults(faults)};"
+            " put the files themselves there"
+        )
 
 
 def check_weights(model: Mapping[str, Any], checksums: Mapping[str, str]) -> None:

@@ -33,6 +33,7 @@ def quantize_model(recipe: Mapping[str, Any], source: Path, threads: int, output
     file_type = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{recipe['type']}", None)
     if file_type is None:
         raise UserError(f"quantize: llama.cpp has no type {recipe['type']!r}")
+    read_gguf(source)  # names a damaged file
     start_backend()
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = file_type

@@ -8,6 +8,7 @@ Output  report.html: works offline, no script, nothing loaded from anywhere
 
 import argparse
 import json
+import re
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -52,7 +53,7 @@ def gather(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def render(template: Path, content: Mapping[str, Any]) -> str:
-    """Return a template filled in; what goes into HTML is escaped."""
+    """Return a template filled in; what goes into HTML is escaped, in Markdown the template does it."""
     environment = Environment(
         loader=FileSystemLoader(template.parent),
         autoescape=select_autoescape(["html", "html.j2"]),
@@ -62,7 +63,7 @@ def render(template: Path, content: Mapping[str, Any]) -> str:
     )
     environment.filters |= {
         "percent": percent, "megabytes": megabytes, "duration": duration, "points": points,
-        "scientific": scientific,
+        "scientific": scientific, "fenced": fenced,
     }  # fmt: skip
     return environment.get_template(template.name).render(content)
 
@@ -130,6 +131,13 @@ def points(share: float) -> str:
 
 def scientific(value: float | None) -> str:
     return "–" if value is None else f"{value:.1e}" if 0 < abs(value) < 0.001 else f"{value:.4f}"
+
+
+def fenced(text: str) -> str:
+    """Return a text as a block of code in Markdown that no run of backticks in it can end."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}\n{text}\n{fence}"
 
 
 def megabytes(size: int | None) -> str:

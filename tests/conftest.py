@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parent.parent
 CONVERTER = ROOT / "resources/llama.cpp-0.3.36"
@@ -83,6 +84,57 @@ def finished_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+# All of it may stand in a file's name, and each shell word of it would leave a file behind.
+HOSTILE = """我的 '集' "x" $(touch pwned-1) `touch pwned-2`; touch pwned-3 & #*?[a]\\ ~!"""
+# A folder from which the datasets library reads too: it takes *, ? and [ for patterns.
+HOSTILE_FOLDER = HOSTILE.replace("*?[a]", "")
+SECRET = "hf_secretSecretSecretSecretSecret0123"
+
+
+@pytest.fixture(scope="session")
+def hostile_demo(finished_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout in which a shorter demo was run, all its names and texts hostile; minutes.
+
+    A token stands in the environment. Leave the folder as it was, but for runs of your own.
+    """
+    folder = copy_checkout(tmp_path_factory.mktemp("hostile") / HOSTILE_FOLDER)
+    data = folder / "外部 data"
+    base = Path(shutil.copytree(finished_demo / "resources/demo/base", data / f"模型 {HOSTILE}"))
+    files = {}
+    for split, rows in (("train", 400), ("validation", 50), ("test", 100)):
+        lines = (finished_demo / f"resources/demo/{split}.csv").read_text().splitlines()[: rows + 1]
+        lines[1:3] = [
+            '"<script>alert(1)</script> {{7*7}} $(touch pwned-4)",1',
+            "=cmd|'/C calc'!A0,0",
+        ]
+        path = data / f"{split} {HOSTILE}.csv"
+        path.write_text("\n".join(lines) + "\n")
+        files[split] = str(path.relative_to(folder))
+    run = {
+        "pathvars": {"results": f"results/{HOSTILE}"},
+        "model": {"path": str(base.relative_to(folder))},
+        "dataset": {"files": files},
+        "task": {
+            "system": "",
+            "prompt": "{text}\n```\n$(touch pwned-5) `touch pwned-6` {x} '<b>' \"{{7*7}}\"：",
+            "labels": {"0": "差 '$(touch pwned-7)\"", "1": "<script>好</script>{y}"},
+        },
+        "tokenize": {"max_length": 256},
+        "train": {"learning_rate": 2e-3, "batch_size": 32, "epochs": 1, "eval_every": None},
+        "quantize": {"q8_0": None},
+        "evaluate": {"limit": 40},
+        "card": {"license": "mit\nx: $(touch pwned-8)"},
+        "report": {"title": "<script>t</script> $(touch pwned-9) {z} {{7*7}}"},
+    }
+    (folder / "runs/hostile.yaml").write_text(yaml.safe_dump(run, allow_unicode=True))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_TOKEN", SECRET)
+        result = run_snakemake(folder, "--configfile", "runs/hostile.yaml")
+    assert result.returncode == 0, result.stdout[-5000:]
+    (folder / "run.out").write_text(result.stdout)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model of Qwen2's architecture with the tokenizer of a few sentences, 256 wide."""
@@ -112,3 +164,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     model.half().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def f16(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model as a GGUF file with 16-bit weights."""
+    path = tmp_path_factory.mktemp("gguf") / "f16.gguf"
+    result = run_program("convert_model.py", "--model", tiny_model, "--converter", CONVERTER,
+                         "--settings", LINEAGE, "--output", path)  # fmt: skip
+    assert result.returncode == 0, result.stdout
+    return path

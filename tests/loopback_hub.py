@@ -78,7 +78,7 @@ class _Handler(BaseHTTPRequestHandler):
             entry: dict[str, Any] = {
                 "rfilename": path.relative_to(self.server.folder).as_posix(),
                 "size": len(content),
-                "blobId": hashlib.sha1(content).hexdigest(),
+                "blobId": hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest(),
             }
             if path.suffix in (".safetensors", ".parquet"):
                 digest = hashlib.sha256(content).hexdigest()

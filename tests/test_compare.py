@@ -13,6 +13,7 @@ import pytest
 
 from compare_stages import as_table, compare_stages, list_flips
 from pockettune import evaluation
+from pockettune.errors import UserError
 from pockettune.prompts import Example, write_examples
 
 WORDS = ["差", "好"]
@@ -75,7 +76,7 @@ def test_rows_seen_in_train_are_told_apart() -> None:
 
 def test_other_rows_cannot_be_paired() -> None:
     tables = {**TABLES, "q8": TABLES["q8"].iloc[::-1]}
-    with pytest.raises(ValueError, match="different rows"):
+    with pytest.raises(UserError, match="different rows"):
         compare_stages(METRICS, tables)
 
 

@@ -42,7 +42,7 @@ def shrink_embedding(folder: Path) -> None:
     [
         (truncate, r"model\.safetensors is truncated: [\d,]+ of [\d,]+ bytes"),
         (replace_by_pickle, r"no \*\.safetensors weights \(pytorch_model\.bin is refused"),
-        (ask_for_own_code, r"asks to run the folder's own code \(auto_map\)"),
+        (ask_for_own_code, r"asks to run the model's own code \(auto_map\)"),
         (shrink_embedding, r"the tokenizer does not fit: its ids go up to \d+, the embedding has 100 rows"),
         (lambda f: (f / "model.safetensors").write_bytes(b"no"), r"is not a safetensors file"),
         (lambda f: (f / "config.json").write_text("{"), r"config\.json is not JSON"),

@@ -53,9 +53,9 @@ def check_adapter(adapter: Path, base: Path) -> dict[str, Any]:
             f"train.adapter {adapter}: {list_faults(missing)}; it must be a PEFT folder"
         )
     try:
-        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        config = dict(json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")))
         shapes = {name: entry["shape"] for name, entry in read_header(adapter / WEIGHTS).items()}
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise UserError(f"train.adapter {adapter}: a file of it {error}") from error
     faults = _config_faults(config, base) + _shape_faults(shapes, base)
     if faults:

@@ -2,8 +2,9 @@
 
 import difflib
 import os
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,10 @@ TYPE_NAMES = {
     "null": "null",
 }
 
+# Besides what _unusable_paths explains: line breaks and other control characters, which would
+# break the one line of a message, and halves of characters, which no file system takes.
+UNUSABLE = re.compile(r"[{}<>\x00-\x1f\x7f\ud800-\udfff]|^-")
+
 
 def check_config(config: Config, schema: dict[str, Any]) -> None:
     """Raise UserError naming every fault of `config`; first mend what YAML and merging leave.
@@ -41,12 +46,19 @@ def check_config(config: Config, schema: dict[str, Any]) -> None:
 
 
 def check_files(paths: dict[str, str]) -> None:
-    """Raise UserError naming every key of `paths` whose file or folder is missing."""
+    """Raise UserError naming every key of `paths` whose file or folder is missing.
+
+    Weights in such a folder become inputs of a rule too, so their names must be usable as well.
+    """
     missing = [f"{key} {path}" for key, path in paths.items() if not Path(path).exists()]
     if missing:
         raise UserError(
             f"config: no such file: {list_faults(missing)}; paths count from the folder of the Snakefile"
         )
+    weights = {f"{key}, weights": file.name for key, path in paths.items()
+               for file in Path(path).glob("*.safetensors")}  # fmt: skip
+    if faults := list(_unusable_paths(weights)):
+        raise UserError(f"config: {list_faults(faults)}")
 
 
 def drop_idle(config: Config) -> None:
@@ -118,9 +130,31 @@ def _describe(error: ValidationError) -> Iterator[str]:
 
 def _contradictions(config: Config) -> Iterator[str]:
     """Yield what the schema cannot say."""
+    files = {
+        f"dataset.files.{key}": path for key, path in (config["dataset"]["files"] or {}).items()
+    }
+    yield from _unusable_paths(
+        {
+            **files,
+            "model.path": config["model"]["path"],
+            "train.adapter": config["train"]["adapter"],
+            "pathvars.results": config.get("pathvars", {}).get("results"),
+        }
+    )
     words = list(config["task"]["labels"].values())
     if len(set(words)) < len(words):
         yield f"task.labels answers the same word for two values: {', '.join(words)}"
+
+
+def _unusable_paths(paths: Mapping[str, str | None]) -> Iterator[str]:
+    """Yield the paths that Snakemake or a program would misread.
+
+    Snakemake takes {x} in a path for a wildcard and <x> for a variable, a program takes a path that
+    begins with - for an option. All else works: spaces, quotes, $, backticks, any script.
+    """
+    for key, path in paths.items():
+        if path and (found := UNUSABLE.search(path)):
+            yield f"{key} is {path!r}: {found[0]!r} cannot stand there; rename it"
 
 
 def _join(where: str, key: str) -> str:

@@ -1,5 +1,7 @@
 """The one exception that stands for a user's mistake."""
 
+from pockettune.redaction import redact
+
 
 class UserError(Exception):
     """A mistake in a config value, a file or a folder, told in one line.
@@ -9,7 +11,8 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))  # what a library says may be of many lines
+        # What a library says may be of many lines, and name the address with its login.
+        super().__init__(redact(" ".join(message.split())))
 
 
 class DiskFullError(UserError):

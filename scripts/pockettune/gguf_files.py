@@ -24,6 +24,8 @@ EMBEDDING = "token_embd.weight"
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # fmt: skip
 STRING, ARRAY = 8, 9
 
+REMEDY = "remove it and run again, so that it is made anew"
+
 
 @dataclass(frozen=True)
 class Tensor:
@@ -97,8 +99,12 @@ class _Cursor:
 def read_gguf(path: Path) -> tuple[dict[str, Any], list[Tensor]]:
     """Return a GGUF file's metadata and its tensors.
 
-    Raises UserError where the file is no GGUF of version 2 or 3, or its end is missing.
+    Raises UserError where the file is no GGUF of version 2 or 3, or its end is missing. That costs
+    no time; a GGUF file has no checksum, so a changed weight is not noticed.
     """
+    size = path.stat().st_size
+    if size == 0:
+        raise UserError(f"{path} is empty; {REMEDY}")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         cursor = _Cursor(data)
         try:
@@ -114,11 +120,17 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], list[Tensor]]:
                 name, axes = cursor.text(), cursor.take("I")
                 shape = tuple(cursor.take("Q") for _ in range(axes))
                 entries.append((name, shape, *cursor.take("IQ")))
-        except struct.error as error:
-            raise UserError(f"{path} is truncated: its header does not end") from error
-        alignment = metadata.get("general.alignment", 32)
-        begin = -(-cursor.place // alignment) * alignment
-    tensors = [Tensor(name, shape, kind, begin + offset) for name, shape, kind, offset in entries]
+            alignment = metadata.get("general.alignment", 32)
+            begin = -(-cursor.place // alignment) * alignment
+            tensors = [Tensor(name, shape, kind, begin + offset) for name, shape, kind, offset in entries]  # fmt: skip
+            end = max((tensor.start + tensor.size for tensor in tensors), default=0)
+        # A byte of the header may have become any type, length or alignment.
+        except (struct.error, KeyError, ValueError, TypeError, ArithmeticError) as error:
+            raise UserError(
+                f"{path} is truncated or damaged: its header cannot be read; {REMEDY}"
+            ) from error
+    if size < end:
+        raise UserError(f"{path} is truncated: {size:,} of {end:,} bytes; {REMEDY}")
     return metadata, tensors
 
 

@@ -5,21 +5,26 @@ what comes: POCKETTUNE_HUB (huggingface, modelscope) and POCKETTUNE_HUB_ENDPOINT
 rules/common.smk sets from config.yaml's `hub:`.
 """
 
-import hashlib
 import os
+from collections.abc import Iterable
 from fnmatch import fnmatch
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Literal
 
 from pockettune import disk
-from pockettune.errors import UserError
+from pockettune.checksums import git_blob_id, sha256
+from pockettune.errors import UserError, list_faults
 from pockettune.program import logger
+from pockettune.redaction import redact
 
 Kind = Literal["model", "dataset"]
 
 # Text, tables and safetensors. Pickles (*.bin, *.pt) and Python files can run code: never fetched.
 SAFE_FILES = ["*.json", "*.jsonl", "*.txt", "*.jinja", "*.model", "*.safetensors", "*.csv", "*.tsv",
               "*.parquet", "*.arrow", "*.md", "LICENSE*"]  # fmt: skip
+
+# Names that lead out of the repository's folder. ModelScope's client (1.40.2) would write there.
+OUTSIDE = ["/*", "../*", "*/../*", "*\\*", "*:*"]
 
 
 def download(kind: Kind, name: str, revision: str, folder: Path) -> None:
@@ -39,7 +44,7 @@ def download(kind: Kind, name: str, revision: str, folder: Path) -> None:
         raise
     except Exception as error:
         local = "model.path" if kind == "model" else "dataset.files"
-        reason = str(error)[:300] or type(error).__name__
+        reason = redact(str(error))[:300] or type(error).__name__  # before half a token is cut off
         raise UserError(
             f"{kind} {name} at {revision} could not be fetched from {endpoint or source}: {reason}. "
             "Ways on: hub.endpoint, a mirror; hub.source: modelscope, another hub; "
@@ -51,10 +56,18 @@ def _is_safe(name: str) -> bool:
     return any(fnmatch(name, pattern) for pattern in SAFE_FILES)
 
 
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def refuse_outside(repository: str, names: Iterable[str]) -> None:
+    """Raise UserError where a name that came from a hub leads out of the repository's folder.
+
+    Read as Windows reads it, which takes both slashes and drives.
+    """
+    outside = [name for name in names if ".." in PureWindowsPath(name).parts or "://" in name
+               or name.startswith("~") or PureWindowsPath(name).anchor]  # fmt: skip
+    if outside:
+        raise UserError(
+            f"{repository} names files outside its own folder: {list_faults(outside)};"
+            " nothing of it is used; take another, or files of your own"
+        )
 
 
 def _from_huggingface(
@@ -70,21 +83,26 @@ def _from_huggingface(
     api = HfApi(endpoint=endpoint)
     info = api.repo_info(name, repo_type=kind, revision=revision, files_metadata=True)
     files = getattr(info, "siblings", None) or []
+    refuse_outside(f"{kind} {name}", (file.rfilename for file in files))
     needed = sum(file.size or 0 for file in files if _is_safe(file.rfilename))
     disk.require_space(folder, needed - disk.used_bytes(folder))  # a killed run may have left some
     with disk.tell_full_disk(folder, folder, needed):
         api.snapshot_download(
             name, repo_type=kind, revision=info.sha, local_dir=folder, allow_patterns=SAFE_FILES
         )
-    for file in getattr(info, "siblings", None) or []:
+    for file in files:
         path = folder / file.rfilename
-        if file.lfs is None or not path.exists():
+        if not path.exists():
             continue
-        if (actual := sha256(path)) != file.lfs.sha256:
+        checksum, expected = (
+            (sha256(path), file.lfs.sha256) if file.lfs else (git_blob_id(path), file.blob_id)
+        )
+        if expected and checksum != expected:
             path.unlink()
             raise UserError(
-                f"{kind} {name}: {file.rfilename} was damaged on the way: SHA-256 {actual[:12]}…, "
-                f"the hub says {file.lfs.sha256[:12]}…; the file is removed, run again to fetch it anew"
+                f"{kind} {name}: {file.rfilename} was damaged on the way: its checksum is"
+                f" {checksum[:12]}…, the hub says {expected[:12]}…; the file is removed, run again"
+                " to fetch it anew"
             )
 
 
@@ -105,5 +123,6 @@ def _from_modelscope(
             revision=known,
             local_dir=str(folder),
             allow_patterns=SAFE_FILES,
+            ignore_patterns=OUTSIDE,
             endpoint=endpoint,
         )

@@ -8,8 +8,7 @@ each asks for logits. Batches are cut the same way every time, so a rerun gives 
 import contextlib
 import ctypes
 import logging
-import platform
-import re
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -17,9 +16,13 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
+from llama_cpp import _ggml
 
 from pockettune.batching import common_prefix, group_by_tokens
 from pockettune.errors import UserError
+from pockettune.gguf_files import REMEDY, read_gguf
+from pockettune.processor import check_processor
+from pockettune.program import logger
 
 PROMPTS_A_BATCH = 16
 TOKENS_A_BATCH = 2048
@@ -34,47 +37,25 @@ def _log_native(level: int, text: bytes, _: ctypes.c_void_p) -> None:
         _logger.info(line)
 
 
-# What the library may have been compiled for, and the processor's name for it in /proc/cpuinfo.
-INSTRUCTIONS = {"avx": "avx", "avx2": "avx2", "f16c": "f16c", "fma": "fma", "bmi2": "bmi2", "avx_vnni": "avx_vnni",
-                "avx512": "avx512f", "avx512_vbmi": "avx512vbmi", "avx512_vnni": "avx512_vnni",
-                "avx512_bf16": "avx512_bf16", "amx_int8": "amx_int8"}  # fmt: skip
-CPUINFO = Path("/proc/cpuinfo")
+@ctypes.CFUNCTYPE(None, ctypes.c_char_p)
+def _end_in_one_line(text: bytes) -> None:
+    """Say why llama.cpp is about to kill this process, and end it as `program.fail` does.
 
-
-def check_processor() -> None:
-    """Raise UserError where llama.cpp was compiled for another processor than this one.
-
-    It would die of an illegal instruction at its first call: llama.cpp is built for the machine it
-    is built on, and a compute node may be older than the login node. Only on Linux on x86, where the
-    system tells what the processor has; the functions asked are those that hold no such instruction.
+    Python cannot unwind from here; what was half written lies under a temporary name.
     """
-    libraries = sorted(Path(llama_cpp.__file__).parent.glob("lib/libggml-cpu.so*"))
-    flags = (
-        re.search(r"^flags\s*:(.*)$", CPUINFO.read_text(), re.MULTILINE)
-        if CPUINFO.exists()
-        else None
-    )
-    if not libraries or flags is None:
-        return
-    library = ctypes.CDLL(str(libraries[0]))
-    missing = [
-        flag
-        for name, flag in INSTRUCTIONS.items()
-        if getattr(library, f"ggml_cpu_has_{name}")() and flag not in flags[1].split()
-    ]
-    if missing:
-        raise UserError(
-            f"llama.cpp was built on a machine whose processor has {', '.join(missing)}; this one,"
-            f" {platform.node()}, has not, and would stop at an illegal instruction. Build it for both:"
-            " CMAKE_ARGS=-DGGML_NATIVE=OFF, see docs/cluster.md"
-        )
+    place = text.decode("utf-8", "replace").rsplit("/", 1)[-1]
+    logger.error("error: llama.cpp stopped at %s; a damaged GGUF file does that: %s", place, REMEDY)
+    os._exit(2)
 
 
 def start_backend() -> None:
     """Initialise llama.cpp and send its output to the log; needed once before anything else."""
     check_processor()
-    # The callback object is module-level: llama.cpp keeps a pointer to it.
+    # The callback objects are module-level: llama.cpp keeps pointers to them.
     llama_cpp.llama_log_set(_log_native, ctypes.c_void_p(0))
+    # Not in llama_cpp's own interface, and on Windows not to be found through this library.
+    if set_callback := getattr(_ggml.libggml, "ggml_set_abort_callback", None):
+        set_callback(_end_in_one_line)
     llama_cpp.llama_backend_init()
 
 
@@ -82,6 +63,7 @@ class LlamaModel:
     """A GGUF model, opened for scoring; use it in a `with` block."""
 
     def __init__(self, path: Path, threads: int) -> None:
+        read_gguf(path)  # says what is wrong with a damaged file, which llama.cpp may not outlive
         start_backend()
         self.threads = threads
         parameters = llama_cpp.llama_model_default_params()

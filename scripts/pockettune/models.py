@@ -6,6 +6,7 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pockettune.checksums import sha256
 from pockettune.errors import UserError, list_faults
 
 if TYPE_CHECKING:
@@ -54,10 +55,10 @@ def read_header(path: Path) -> dict[str, Any]:
             raise ValueError("is not a safetensors file")
         try:
             header = json.loads(file.read(length))
-        except ValueError as error:
+            header.pop("__metadata__", None)
+            expected = 8 + length + max(entry["data_offsets"][1] for entry in header.values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError("is not a safetensors file") from error
-    header.pop("__metadata__", None)
-    expected = 8 + length + max(entry["data_offsets"][1] for entry in header.values())
     if size != expected:
         raise ValueError(f"is truncated: {size:,} of {expected:,} bytes; fetch or copy it again")
     return header
@@ -83,13 +84,19 @@ def _missing_files(folder: Path) -> list[str]:
 
 
 def _config_faults(folder: Path) -> list[str]:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        return [f"config.json is not JSON: {error}"]
-    if "auto_map" in config:
-        return ["config.json asks to run the folder's own code (auto_map), which is refused"]
-    return []
+    """Look for auto_map, in tokenizer_config.json too: llama.cpp's converter would run what it names."""
+    faults = []
+    for path in sorted(folder.glob("*config.json")):
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            faults.append(f"{path.name} is not JSON: {error}")
+            continue
+        if not isinstance(config, dict):
+            faults.append(f"{path.name} is not a JSON object")
+        elif "auto_map" in config:
+            faults.append(f"{path.name} asks to run the model's own code (auto_map), which is refused")  # fmt: skip
+    return faults
 
 
 def _weight_faults(folder: Path) -> list[str]:
@@ -99,6 +106,14 @@ def _weight_faults(folder: Path) -> list[str]:
             read_header(path)
         except ValueError as error:
             faults.append(f"{path.name} {error}")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file() and not faults:
+        try:
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return [f"{index.name} cannot be read"]
+        absent = sorted(named - {path.name for path in weight_files(folder)})
+        faults += [f"{name}, which {index.name} names, is not in the folder" for name in absent]
     return faults
 
 
@@ -145,8 +160,29 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
+def check_unchanged(folder: Path) -> None:
+    """Raise UserError where a base model's weights are not those that fetch_model.py wrote down.
+
+    Done wherever weights are loaded, because Snakemake looks at a folder's time and not into it:
+    training, merging, evaluating and comparing each read all of them anyway.
+    """
+    source = folder / "source.json"
+    fetched = json.loads(source.read_text(encoding="utf-8"))["sha256"] if source.exists() else {}
+    for name, expected in fetched.items():
+        actual = sha256(folder / name) if (folder / name).is_file() else "none"
+        if actual != expected:
+            raise UserError(
+                f"model {folder}: {name} has changed since it was fetched: SHA-256 {actual[:12]}…,"
+                f" then {expected[:12]}…; remove the folder and run again, so that it is fetched anew"
+            )
+
+
 def load_model(folder: Path, *, attention: str = "sdpa", **options: Any) -> "torch.nn.Module":
-    """Load a causal language model from a local folder; options are from_pretrained's."""
+    """Load a causal language model from a local folder; options are from_pretrained's.
+
+    Raises UserError where the weights have changed since they were fetched.
+    """
+    check_unchanged(folder)
     from transformers import AutoModelForCausalLM, logging
 
     logging.disable_progress_bar()

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from pockettune import disk
 from pockettune.errors import UserError
+from pockettune.redaction import RedactingFormatter
 
 logger = logging.getLogger("pockettune")
 
@@ -58,13 +59,13 @@ def start_logging(log: Path | None) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
     terminal = _Terminal()
-    terminal.setFormatter(logging.Formatter("%(message)s"))
+    terminal.setFormatter(RedactingFormatter("%(message)s"))
     logger.addHandler(terminal)
     if log is None:
         return
     log.parent.mkdir(parents=True, exist_ok=True)
     file = _LogFile(log, mode="w", encoding="utf-8")
-    file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    file.setFormatter(RedactingFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
     root = logging.getLogger()
     root.setLevel(logging.INFO)
     root.addHandler(file)

@@ -41,10 +41,20 @@ class Example:
 
 
 def render_prompt(tokenizer: "PreTrainedTokenizerBase", task: Task, record: Record) -> str:
-    """Return the prompt as the chat template renders it, up to where the answer begins."""
-    rendered = tokenizer.apply_chat_template(
-        task.prompt(record), tokenize=False, add_generation_prompt=True
-    )
+    """Return the prompt as the chat template renders it, up to where the answer begins.
+
+    The template is a program of the model's maker; transformers runs it in Jinja's sandbox. Raises
+    UserError where it fails, refuses these messages or tries to leave the sandbox.
+    """
+    try:
+        rendered = tokenizer.apply_chat_template(
+            task.prompt(record), tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:
+        raise UserError(
+            f"the model's chat template cannot render record {record['id']}: {error}; "
+            "take another model, or mend chat_template in its folder"
+        ) from error
     assert isinstance(rendered, str)
     return rendered
 

@@ -1,0 +1,141 @@
+"""A token or a password is used, and is in nothing that is told, logged or made."""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from conftest import SECRET, run_program, run_snakemake
+from loopback_hub import COMMIT, LoopbackHub, _Handler, serve
+from pockettune.errors import UserError
+from pockettune.redaction import redact
+
+NAME = "somebody/tiny"
+PASSWORD = "pass%20wordOfUser"
+# As the token is sent, as the password is written, meant, and sent.
+SECRETS = [SECRET, PASSWORD, "pass wordOfUser", "dXNlcjpwYXNzIHdvcmRPZlVzZXI="]
+
+
+class Echo(_Handler):
+    """Repeats what it was sent when it refuses, as careless servers do."""
+
+    refuse: int | None = None  # status
+    heard: str = ""
+
+    def answer(self, send_body: bool) -> None:
+        sent = f"{self.headers.get('Authorization')} {self.headers.get('Cookie')}"
+        Echo.heard += sent
+        if Echo.refuse is None:
+            return super().answer(send_body)
+        told = f"you sent {sent} to http://{self.headers['Host']}{self.path}?token={SECRET}"
+        body = json.dumps({"error": told, "message": told, "Message": told}).encode()
+        self.send_response(Echo.refuse, told)
+        self.send_header("X-Error-Message", told)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if send_body:
+            self.wfile.write(body)
+
+
+@pytest.fixture
+def hub(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+    """A hub that has a model and a dataset; the environment holds tokens and its address a login."""
+    repository = Path(shutil.copytree(tiny_model, tmp_path / "repository"))
+    for split in ("train", "validation", "test"):
+        (repository / f"{split}.csv").write_text("text,label\n好,1\n差,0\n")
+    monkeypatch.setattr(LoopbackHub, "finish_request", lambda self, r, a: Echo(r, a, self))
+    monkeypatch.setattr(Echo, "refuse", None)
+    monkeypatch.setattr(Echo, "heard", "")
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "MODELSCOPE_API_TOKEN"):
+        monkeypatch.setenv(name, SECRET)
+    with serve(repository, NAME) as hub:
+        yield hub
+
+
+def with_login(hub: LoopbackHub) -> str:
+    return hub.address.replace("://", f"://user:{PASSWORD}@")
+
+
+def assert_clean(text: str) -> None:
+    assert [secret for secret in SECRETS if secret in text] == []
+
+
+@pytest.mark.parametrize("sent", ["token", "login"])
+@pytest.mark.parametrize("status", [401, 404])
+@pytest.mark.parametrize("source", ["huggingface", "modelscope"])
+def test_refusal_that_repeats_the_secret(
+    source: str, status: int, sent: str, hub: LoopbackHub, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(Echo, "refuse", status)
+    monkeypatch.setenv("POCKETTUNE_HUB", source)
+    # A login in the address takes the place of the token.
+    address = with_login(hub) if sent == "login" else hub.address
+    monkeypatch.setenv("POCKETTUNE_HUB_ENDPOINT", address)
+    settings = {"model": {"name": NAME, "revision": COMMIT, "sha256": None, "path": None}}
+    log = tmp_path / "fetch.log"
+    result = run_program("fetch_model.py", "--settings", json.dumps(settings), "--downloads",
+                         tmp_path / "downloads", "--output", tmp_path / "model", "--log", log)  # fmt: skip
+    assert result.returncode == 2, result.stdout
+    lines = [line for line in result.stdout.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "could not be fetched from http://" in lines[0]
+    assert (SECRETS[-1] if sent == "login" else SECRET) in Echo.heard, "it is used"
+    assert_clean(result.stdout + log.read_text())
+
+
+def test_secrets_are_hidden_before_a_message_is_cut(
+    hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A half of a token at the end of a shortened message is no token that could be found."""
+    from pockettune import hub as hub_module
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("x" * 290 + SECRET)
+
+    monkeypatch.setattr(hub_module, "_from_huggingface", fail)
+    with pytest.raises(UserError) as caught:
+        hub_module.download("model", NAME, COMMIT, tmp_path / "downloads")
+    assert "hf_" not in str(caught.value)
+
+
+def test_words_that_are_no_secrets_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHORT_TOKEN", "the")
+    text = "hf_hub_download of the https://huggingface.co/a/b?x=c@d failed; write to a@b.c"
+    assert redact(text) == text
+
+
+def test_nothing_below_the_checkout_holds_a_secret(hostile_demo: Path, hub: LoopbackHub) -> None:
+    """The demo was run with a token; now a failing and a succeeding fetch, then every file is read."""
+    run = {
+        "pathvars": {"results": "results/token"},
+        "model": {"name": NAME, "revision": COMMIT, "sha256": None},
+        "dataset": {"name": NAME, "revision": COMMIT},
+        "task": {"prompt": "{text}", "labels": {"0": "差", "1": "好"}, "system": ""},
+    }
+    config = hostile_demo / "runs/token.yaml"
+
+    def run_with(endpoint: str) -> subprocess.CompletedProcess[str]:
+        config.write_text(yaml.safe_dump(run | {"hub": {"endpoint": endpoint}}, allow_unicode=True))
+        return run_snakemake(hostile_demo, "--configfile", "runs/token.yaml", "--keep-going", "--",
+                             "results/token/tokens")  # fmt: skip
+
+    Echo.refuse = 401
+    failed = [run_with(endpoint) for endpoint in (hub.address, with_login(hub))]
+    assert all(result.returncode != 0 for result in failed)
+    assert {"fetch_model", "fetch_dataset"} <= {p.stem for p in (hostile_demo / "results/token/logs").iterdir()}  # fmt: skip
+    Echo.refuse = None
+    done = run_with(hub.address)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert SECRET in Echo.heard and SECRETS[-1] in Echo.heard
+    assert_clean("".join(result.stdout for result in (*failed, done)))
+    config.unlink()  # there the user wrote the password
+    files = [path for path in hostile_demo.rglob("*") if path.is_file()
+             and not path.is_relative_to(hostile_demo / "tests")]  # fmt: skip
+    assert {".log", ".html", ".md", ".gguf", ".json", ".arrow"} <= {path.suffix for path in files}
+    assert any(".snakemake/metadata" in path.as_posix() for path in files)
+    found = [path for path in files for secret in SECRETS if secret.encode() in path.read_bytes()]
+    assert found == []
