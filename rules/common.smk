@@ -176,13 +176,14 @@ def prepare_cluster():
     watch_queue(Path.cwd())
 
 
-def repeat_errors(snakemake_log):
+def repeat_errors(snakemake_logs):
     """Print what failing programs and SLURM said once more, below all that Snakemake says."""
     logs = Path(RESULTS, "logs").glob("*.log")
     for message in program_messages(logs, since=STARTED):
         print(message, file=sys.stderr)
-    for message in explain_failures(Path(snakemake_log).read_text(encoding="utf-8")):
-        print(f"error: {message}", file=sys.stderr)
+    for path in snakemake_logs:
+        for message in explain_failures(Path(path).read_text(encoding="utf-8")):
+            print(f"error: {message}", file=sys.stderr)
 
 
 BASE_MODEL = base_model()

@@ -38,7 +38,10 @@ def add_adapter(
         use_dora=settings["variant"] == "dora",
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, lora)
+    adapted: Any = get_peft_model(model, lora)
+    # A list, because a set is written in another order by every process.
+    adapted.peft_config["default"].target_modules = sorted(settings["target_modules"])
+    return adapted
 
 
 def check_adapter(adapter: Path, base: Path) -> dict[str, Any]:

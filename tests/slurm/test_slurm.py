@@ -18,6 +18,7 @@ from conftest import copy_checkout
 
 LOCAL = {"fetch_model", "fetch_dataset", "fetch_converter", "compare", "report", "all"}
 ADAPTER = "results/demo/adapter"
+LOG = "results/demo/logs/train.log"
 
 
 @pytest.fixture(scope="session")
@@ -50,8 +51,9 @@ def train(checkout: Path, cluster: Cluster) -> Iterator[Callable[..., Run]]:
     seed = time.monotonic_ns() % 1_000_000
     runs: list[Run] = []
 
-    def start(*arguments: str, epochs: int = 6) -> Run:
-        settings = {"train": {"seed": seed, "epochs": epochs, "patience": 1000}}
+    def start(*arguments: str, epochs: int = 4) -> Run:
+        settings = {"train": {"seed": seed, "epochs": epochs, "eval_every": None}}
+        (checkout / LOG).unlink(missing_ok=True)
         (checkout / "runs/fault.yaml").write_text(yaml.safe_dump(settings))
         runs.append(Run(checkout, "runs/fault.yaml", *arguments, "--", ADAPTER))
         return runs[-1]
@@ -72,7 +74,7 @@ def train(checkout: Path, cluster: Cluster) -> Iterator[Callable[..., Run]]:
 
 def wait_for_updates(cluster: Cluster, checkout: Path) -> str:
     """Wait until the training job has made updates; return the job's number."""
-    log = checkout / "results/demo/logs/train.log"
+    log = checkout / LOG
     wait_until(
         lambda: running_training(cluster) and "updates" in read(log), 120, "the first updates"
     )
