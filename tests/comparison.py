@@ -33,7 +33,7 @@ def content(path: Path) -> Any:
         return None
     if path.suffix == ".json":
         return unmeasured(json.loads(path.read_text()))
-    if path.suffix == ".csv":
+    if path.name == "metrics.csv":
         return pd.read_csv(path).drop(columns="seconds").to_csv()
     return path.read_bytes()
 
