@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from comparison import differing_files
@@ -87,12 +87,13 @@ class Victim:
         output = self.output.read_text()
         return set(jobs_in(output).values()) - finished_in(output) - {"all"}
 
-    def wait_for_job(self, aimed: Counter[Job], rounds: int) -> Job | None:
-        """Return a job that starts and was not aimed at `rounds` times; None when the run ended."""
+    def wait_for_job(self, open_jobs: Callable[[set[Job]], list[Job]]) -> Job | None:
+        """Return the first of the running jobs that are still to be hit; None when the run ended."""
         while self.process.poll() is None:
-            for job in sorted(self.running()):
-                if aimed[job] < rounds:
-                    return job
+            if open_jobs(self.running()):
+                time.sleep(0.1)  # for those that start with it
+                if jobs := open_jobs(self.running()):
+                    return jobs[0]
             time.sleep(0.02)
         assert self.process.returncode == 0, self.output.read_text()[-3000:]
         return None
@@ -119,11 +120,15 @@ def kill_in_turn(
     finished: set[Job] = set()
     while True:
         victim = Victim(folder, folder.parent / "killed.txt")
-        job = victim.wait_for_job(aimed, rounds)
+        job = victim.wait_for_job(
+            lambda jobs: sorted(
+                (j for j in jobs if aimed[j] < rounds), key=lambda j: usual_time(j, usual)
+            )
+        )
         if job is None:
             return
         aimed[job] += 1
-        moment = dice.uniform(0, usual_time(job, usual))
+        moment = dice.uniform(0, 0.8 * usual_time(job, usual))
         victim.kill(moment)
         finished |= finished_in(victim.output.read_text())
         hit = victim.running()
@@ -147,20 +152,19 @@ def leftovers(folder: Path) -> list[str]:
     return [str(path) for place in places for path in place.rglob("*.partial")]
 
 
-def check(undisturbed: Path, folder: Path, rounds: int, seed: int) -> int:
-    """Run the demo under kills in `folder` and compare it with a finished demo; return the kills.
+def check(undisturbed: Path, folder: Path, rounds: int, seed: int) -> Counter[Job]:
+    """Run the demo under kills in `folder` and compare it with a finished demo; return the hits.
 
     Raises AssertionError where anything differs or was left behind.
     """
     copy_checkout(folder)
     shutil.rmtree(folder / "resources" / CONVERTER.name)  # it is to be fetched under kills, too
-    kills = 0
-    for moment, hit in kill_in_turn(
-        folder, usual_seconds(undisturbed), rounds, random.Random(seed)
-    ):
-        kills += 1
+    hits: Counter[Job] = Counter()
+    dice = random.Random(seed)
+    for moment, hit in kill_in_turn(folder, usual_seconds(undisturbed), rounds, dice):
+        hits.update(hit)
         print(
-            f"kill {kills} after {moment:.2f} s: {', '.join(sorted(hit)) or 'nothing, it was quicker'}",
+            f"after {moment:.2f} s: {', '.join(sorted(hit)) or 'nothing, it was quicker'}",
             flush=True,
         )
     for part in (
@@ -172,7 +176,7 @@ def check(undisturbed: Path, folder: Path, rounds: int, seed: int) -> int:
         differing = differing_files(undisturbed / part, folder / part)
         assert not differing, f"{part}: not as in the undisturbed run: {differing}"
     assert not leftovers(folder), leftovers(folder)
-    return kills
+    return hits
 
 
 def main() -> None:
@@ -187,10 +191,14 @@ def main() -> None:
         undisturbed = copy_checkout(Path(folder, "undisturbed"))
         result = run_snakemake(undisturbed, *DEMO)
         assert result.returncode == 0, result.stdout[-3000:]
-        kills = check(
+        hits = check(
             undisturbed, Path(folder, "killed", "checkout"), arguments.rounds, arguments.seed
         )
-    print(f"{kills} kills; the same files as undisturbed, nothing finished was made again")
+    for job, count in sorted(hits.items()):
+        print(f"{count:3} {job}")
+    print(
+        f"{hits.total()} jobs killed; the same files as undisturbed, nothing finished was made again"
+    )
 
 
 if __name__ == "__main__":

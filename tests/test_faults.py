@@ -1,6 +1,5 @@
 """Nothing is lost to a kill, and two runs for the same files do not mix."""
 
-import shutil
 import subprocess
 import sys
 import time
@@ -15,13 +14,13 @@ DEMO = ("--configfile", "runs/demo.yaml")
 
 def test_killed_in_every_rule(finished_demo: Path, tmp_path: Path) -> None:
     """Each job is aimed at once; tests/kill_every_rule.py does it several times."""
-    assert check(finished_demo, tmp_path / "killed" / "checkout", rounds=1, seed=5) >= 15
+    hits = check(finished_demo, tmp_path / "killed" / "checkout", rounds=1, seed=5)
+    assert {job.split()[0] for job in hits} >= {"make_demo_base", "train", "merge", "evaluate_f16"}
 
 
 def test_second_run_for_the_same_files_is_refused(finished_demo: Path, tmp_path: Path) -> None:
     folder = copy_checkout(tmp_path / "checkout")
-    shutil.copytree(finished_demo / "resources/demo", folder / "resources/demo")
-    target = (*DEMO, "--", "results/demo/tokens")
+    target = (*DEMO, "--", "results/demo/dataset/audit.json")
     first = subprocess.Popen(
         [sys.executable, "-m", "snakemake", "--cores", "1", *target],
         cwd=folder, stdout=(folder / "run.txt").open("w"), stderr=subprocess.STDOUT,
@@ -34,5 +33,6 @@ def test_second_run_for_the_same_files_is_refused(finished_demo: Path, tmp_path:
     assert "cannot be locked" in second.stdout and "--unlock" in second.stdout
     assert "Traceback" not in second.stdout
     assert first.wait(timeout=120) == 0
-    for part in ("tokens", "dataset"):
-        assert not differing_files(folder / f"results/demo/{part}", finished_demo / f"results/demo/{part}")  # fmt: skip
+    assert not differing_files(
+        folder / "results/demo/dataset", finished_demo / "results/demo/dataset"
+    )
