@@ -14,7 +14,7 @@ import yaml
 
 from cluster import Cluster, Run, query, unavailable, wait_until, write_profile
 from comparison import differing_files
-from conftest import copy_checkout
+from conftest import copy_checkout, run_snakemake
 
 LOCAL = {"fetch_model", "fetch_dataset", "fetch_converter", "compare", "report", "all"}
 ADAPTER = "results/demo/adapter"
@@ -64,12 +64,7 @@ def train(checkout: Path, cluster: Cluster) -> Iterator[Callable[..., Run]]:
             run.kill()
     subprocess.run(["scancel", "--user=root"], check=False)
     wait_until(lambda: not cluster.jobs("RUNNING", "COMPLETING"), 60, "the jobs to end")
-    subprocess.run(
-        [*["snakemake", "--unlock", "--configfile", "runs/demo.yaml"]],
-        cwd=checkout,
-        check=False,
-        capture_output=True,
-    )
+    run_snakemake(checkout, "--unlock", "--configfile", "runs/demo.yaml")
 
 
 def wait_for_updates(cluster: Cluster, checkout: Path) -> str:
@@ -214,6 +209,7 @@ def test_interrupted_snakemake_cancels_its_jobs(
     number = wait_for_updates(cluster, checkout)
     run.process.send_signal(signal.SIGINT)
     assert run.finish() == 1
+    assert "Terminating processes on user request" in run.text()
     wait_until(lambda: (number, "train", "CANCELLED") in cluster.jobs(), 60, "the job's end")
     assert train().finish() == 0
     assert resumed(checkout) == 1
@@ -227,9 +223,7 @@ def test_killed_snakemake_leaves_a_job_that_is_named(
     run.kill()
     assert train().finish() == 1
     assert "--unlock" in (checkout / "run.txt").read_text()
-    subprocess.run(
-        ["snakemake", "--unlock", "--configfile", "runs/demo.yaml"], cwd=checkout, check=True
-    )
+    run_snakemake(checkout, "--unlock", "--configfile", "runs/demo.yaml")
     run = train()
     assert run.finish() == 2
     (message,) = run.messages()
