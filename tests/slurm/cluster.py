@@ -181,6 +181,8 @@ class Run:
                 [sys.executable, "-m", "snakemake", "--profile", "profiles/test",
                  "--configfile", "runs/demo.yaml", *arguments],
                 cwd=checkout, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
+                # Ignored, and so inherited, where the tests run in the background of a script.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )  # fmt: skip
 
     def text(self) -> str:
