@@ -1,5 +1,7 @@
 """Nothing is lost to a kill, and two runs for the same files do not mix."""
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -23,12 +25,14 @@ def test_second_run_for_the_same_files_is_refused(finished_demo: Path, tmp_path:
     target = (*DEMO, "--", "results/demo/dataset/audit.json")
     first = subprocess.Popen(
         [sys.executable, "-m", "snakemake", "--cores", "1", *target],
-        cwd=folder, stdout=(folder / "run.txt").open("w"), stderr=subprocess.STDOUT,
+        cwd=folder, stdout=(folder / "run.txt").open("w"), stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
     while not jobs_in((folder / "run.txt").read_text()):
         assert first.poll() is None
         time.sleep(0.05)
+    os.killpg(first.pid, signal.SIGSTOP)  # held in the middle of its work, however quick it is
     second = run_snakemake(folder, *target)
+    os.killpg(first.pid, signal.SIGCONT)
     assert second.returncode == 1
     assert "cannot be locked" in second.stdout and "--unlock" in second.stdout
     assert "Traceback" not in second.stdout
