@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 from pockettune import program  # noqa: E402
 from pockettune.metrics import processor_name  # noqa: E402
 
-WORK = ROOT / "benchmarks/work"
+WORK = ROOT / "benchmarks/scratch"
 CONVERTER = ROOT / "resources/llama.cpp-0.3.36"
 PARAMETERS = 494_032_768
 
