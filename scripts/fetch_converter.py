@@ -14,7 +14,8 @@ import sys
 import tarfile
 from pathlib import Path
 
-from pockettune import disk, hub, program
+from pockettune import disk, program
+from pockettune.checksums import sha256
 from pockettune.errors import UserError
 
 # Of the source releases that were looked at; another version needs its own line.
@@ -35,7 +36,7 @@ def fetch_converter(version: str, downloads: Path, output: Path) -> None:
         disk.require_space(archive, SIZE)
         with disk.tell_full_disk(archive, archive, SIZE):
             download_release(version, downloads)
-    if (actual := hub.sha256(archive)) != SHA256[version]:
+    if (actual := sha256(archive)) != SHA256[version]:
         archive.unlink()
         raise UserError(
             f"{archive.name}: SHA-256 {actual}, expected {SHA256[version]}; removed, run again"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pockettune import disk, hub, program
+from pockettune.checksums import sha256
 from pockettune.errors import UserError, list_faults
 from pockettune.models import check_model_folder, weight_files
 
@@ -37,7 +38,7 @@ def fetch_model(model: Mapping[str, Any], downloads: Path, output: Path) -> None
             else:
                 link_or_copy(path, partial / path.name)
         origin = model["path"] or f"{model['name']}@{model['revision']}"
-        checksums = {path.name: hub.sha256(path) for path in weight_files(partial)}
+        checksums = {path.name: sha256(path) for path in weight_files(partial)}
         if not model["path"]:
             check_weights(model, checksums)
         program.write_json(partial / "source.json", {"origin": str(origin), "sha256": checksums})
@@ -48,8 +49,7 @@ def fetch_model(model: Mapping[str, Any], downloads: Path, output: Path) -> None
 
 def safe_files(folder: Path) -> list[Path]:
     """Return the files at the top of a model folder that cannot run code."""
-    found = {path for pattern in hub.SAFE_FILES for path in folder.glob(pattern)}
-    return sorted(path for path in found if path.is_file())
+    return sorted(path for path in folder.glob("*") if hub.is_safe(path.name) and path.is_file())
 
 
 def link_or_copy(source: Path, target: Path) -> None:

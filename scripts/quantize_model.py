@@ -33,13 +33,15 @@ def quantize_model(recipe: Mapping[str, Any], source: Path, threads: int, output
     file_type = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{recipe['type']}", None)
     if file_type is None:
         raise UserError(f"quantize: llama.cpp has no type {recipe['type']!r}")
-    read_gguf(source)  # names a damaged file
+    tensors_begin = min((tensor.start for tensor in read_gguf(source)[1]), default=0)
     start_backend()
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = file_type
     parameters.nthread = threads
     parameters.pure = recipe.get("pure", False)
-    with program.staged(output, needed=compute_size(source, parameters)) as partial:
+    size = tensors_size(source, parameters)
+    needed = size and tensors_begin + size  # the metadata are the source's
+    with program.staged(output, needed) as partial:
         with TensorProgress(recipe["type"]) as bar:
             code = llama_cpp.llama_model_quantize(
                 os.fsencode(source), os.fsencode(partial), parameters
@@ -57,10 +59,10 @@ def quantize_model(recipe: Mapping[str, Any], source: Path, threads: int, output
     )  # fmt: skip
 
 
-def compute_size(source: Path, parameters: Any) -> int | None:
-    """Return the bytes of the quantized file, 10 kB too few at most; None where it cannot be made.
+def tensors_size(source: Path, parameters: Any) -> int | None:
+    """Return the bytes of the quantized tensors, 10 kB too few at most; None where they cannot be made.
 
-    A dry run tells them: `quant size  =   374.56 MiB` of tensors. The metadata are the source's.
+    A dry run tells them: `quant size  =   374.56 MiB`.
     """
     heard = logging.handlers.BufferingHandler(capacity=sys.maxsize)
     native = logging.getLogger("llama.cpp")
@@ -71,10 +73,7 @@ def compute_size(source: Path, parameters: Any) -> int | None:
     native.removeHandler(heard)
     lines = "\n".join(record.getMessage() for record in heard.buffer)
     told = re.search(r"quant size\s*=\s*([\d.]+) MiB", lines)
-    if told is None:
-        return None
-    rounded_down = int((float(told[1]) - 0.005) * 2**20)
-    return rounded_down + min(tensor.start for tensor in read_gguf(source)[1])
+    return int((float(told[1]) - 0.005) * 2**20) if told else None  # it is rounded
 
 
 class TensorProgress(logging.Handler):

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,9 +14,9 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 CONVERTER = ROOT / "resources/llama.cpp-0.3.36"
-ARCHIVE = (
-    ROOT / "resources/downloads/llama_cpp_python-0.3.36.tar.gz"
-)  # the converter is taken from it
+# What the converter is taken from.
+ARCHIVE = ROOT / "resources/downloads/llama_cpp_python-0.3.36.tar.gz"
+DEMO = ("--configfile", "runs/demo.yaml")
 
 # No test asks the real hub; one that means to reach a server starts it itself.
 os.environ |= {
@@ -46,6 +47,23 @@ def run_snakemake(folder: Path, *arguments: str) -> subprocess.CompletedProcess[
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def start_snakemake(folder: Path, output: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    """Start snakemake in `folder`, in a session of its own that can be signalled as a whole."""
+    with output.open("w") as out:
+        return subprocess.Popen(
+            [sys.executable, "-m", "snakemake", *arguments],
+            cwd=folder, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
+            # Ignored, and so inherited, where the tests run in the background of a script.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
+
+
+def kill_session(process: subprocess.Popen[bytes]) -> None:
+    """End a snakemake and its local jobs at once, without a chance to clean up."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def run_program(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -79,7 +97,7 @@ def copy_checkout(target: Path) -> Path:
 def finished_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkout in which the demo has been run; minutes, once a session. Leave it as it was."""
     folder = copy_checkout(tmp_path_factory.mktemp("checkout") / "pocket tune")
-    result = run_snakemake(folder, "--configfile", "runs/demo.yaml")
+    result = run_snakemake(folder, *DEMO)
     assert result.returncode == 0, result.stdout[-5000:]
     return folder
 

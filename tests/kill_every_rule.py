@@ -9,13 +9,10 @@ At the end the run is let finish, and what it made is compared with an undisturb
 """
 
 import argparse
-import os
 import random
 import re
 import shutil
-import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -23,9 +20,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from comparison import differing_files
-from conftest import CONVERTER, copy_checkout, run_snakemake
+from conftest import CONVERTER, DEMO, copy_checkout, kill_session, run_snakemake, start_snakemake
 
-DEMO = ("--configfile", "runs/demo.yaml")
 JOB = re.compile(r"^(?:local)?rule (\w+):\n((?: +.*\n)+)", re.MULTILINE)
 
 Job = str  # a rule's name and its wildcards, "evaluate_variant variant=q4_k_m"
@@ -72,15 +68,11 @@ def usual_time(job: Job, usual: dict[str, float]) -> float:
 
 
 class Victim:
-    """A snakemake under way, in a session of its own that can be killed as a whole."""
+    """A snakemake under way."""
 
     def __init__(self, folder: Path, output: Path) -> None:
         self.output = output
-        with output.open("w") as out:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "snakemake", "--cores", "2", *DEMO],
-                cwd=folder, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
+        self.process = start_snakemake(folder, output, "--cores", "2", *DEMO)
 
     def running(self) -> set[Job]:
         """Return the jobs that were announced and not said to be finished."""
@@ -103,8 +95,7 @@ class Victim:
         try:
             self.process.wait(timeout=moment)
         except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+            kill_session(self.process)
 
 
 def kill_in_turn(

@@ -20,9 +20,9 @@ from conftest import CONVERTER, LINEAGE, ROOT, copy_checkout, run_program, run_s
 from loopback_hub import serve
 from merge_adapter import merge_adapter
 from pockettune import checkpoints, disk, program
+from pockettune.checksums import sha256
 from pockettune.errors import DiskFullError
 from pockettune.gguf_files import describe_file
-from pockettune.hub import sha256
 from pockettune.prompts import write_examples
 from test_hub import NAME, model_settings
 from test_merge import make_adapter

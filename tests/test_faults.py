@@ -2,16 +2,12 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 from comparison import differing_files
-from conftest import copy_checkout, run_snakemake
+from conftest import DEMO, copy_checkout, run_snakemake, start_snakemake
 from kill_every_rule import check, jobs_in
-
-DEMO = ("--configfile", "runs/demo.yaml")
 
 
 def test_killed_in_every_rule(finished_demo: Path, tmp_path: Path) -> None:
@@ -23,10 +19,7 @@ def test_killed_in_every_rule(finished_demo: Path, tmp_path: Path) -> None:
 def test_second_run_for_the_same_files_is_refused(finished_demo: Path, tmp_path: Path) -> None:
     folder = copy_checkout(tmp_path / "checkout")
     target = (*DEMO, "--", "results/demo/dataset/audit.json")
-    first = subprocess.Popen(
-        [sys.executable, "-m", "snakemake", "--cores", "1", *target],
-        cwd=folder, stdout=(folder / "run.txt").open("w"), stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
+    first = start_snakemake(folder, folder / "run.txt", "--cores", "1", *target)
     while not jobs_in((folder / "run.txt").read_text()):
         assert first.poll() is None
         time.sleep(0.05)

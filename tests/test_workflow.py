@@ -14,9 +14,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from conftest import run_snakemake
-
-DEMO = ("--configfile", "runs/demo.yaml")
+from conftest import DEMO, run_snakemake
 
 AFTER_EVALUATION = {"compare": 1, "report": 1, "all": 1}
 COMPARED_WITH_F16 = {"evaluate_f16": 1, "evaluate_adapter": 1, "evaluate_merged": 1, "evaluate_variant": 2}  # fmt: skip

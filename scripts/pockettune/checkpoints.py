@@ -14,7 +14,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from pockettune import program
-from pockettune.hub import sha256
+from pockettune.checksums import sha256
 
 if TYPE_CHECKING:
     import torch

@@ -52,7 +52,8 @@ def download(kind: Kind, name: str, revision: str, folder: Path) -> None:
         ) from error
 
 
-def _is_safe(name: str) -> bool:
+def is_safe(name: str) -> bool:
+    """Whether a file of this name is of a kind that cannot run code."""
     return any(fnmatch(name, pattern) for pattern in SAFE_FILES)
 
 
@@ -84,7 +85,7 @@ def _from_huggingface(
     info = api.repo_info(name, repo_type=kind, revision=revision, files_metadata=True)
     files = getattr(info, "siblings", None) or []
     refuse_outside(f"{kind} {name}", (file.rfilename for file in files))
-    needed = sum(file.size or 0 for file in files if _is_safe(file.rfilename))
+    needed = sum(file.size or 0 for file in files if is_safe(file.rfilename))
     disk.require_space(folder, needed - disk.used_bytes(folder))  # a killed run may have left some
     with disk.tell_full_disk(folder, folder, needed):
         api.snapshot_download(

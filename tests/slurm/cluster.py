@@ -13,12 +13,13 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import yaml
+
+from conftest import DEMO, kill_session, start_snakemake
 
 # The job step's own snakemake drops SLURM_CONF, so srun finds another cluster's file or this one.
 CONFIG_FOLDER = Path("/etc/slurm")
@@ -176,14 +177,9 @@ class Run:
 
     def __init__(self, checkout: Path, *arguments: str) -> None:
         self.output = checkout / "run.txt"
-        with self.output.open("w") as out:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "snakemake", "--profile", "profiles/test",
-                 "--configfile", "runs/demo.yaml", *arguments],
-                cwd=checkout, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
-                # Ignored, and so inherited, where the tests run in the background of a script.
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-            )  # fmt: skip
+        self.process = start_snakemake(
+            checkout, self.output, "--profile", "profiles/test", *DEMO, *arguments
+        )
 
     def text(self) -> str:
         return self.output.read_text()
@@ -209,8 +205,7 @@ class Run:
 
     def kill(self) -> None:
         """End snakemake at once, as a crash of the login node would; its jobs go on."""
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        kill_session(self.process)
 
 
 def write_profile(folder: Path) -> None:

@@ -14,7 +14,7 @@ import yaml
 
 from cluster import Cluster, Run, query, unavailable, wait_until, write_profile
 from comparison import differing_files
-from conftest import copy_checkout, run_snakemake
+from conftest import DEMO, copy_checkout, run_snakemake
 
 LOCAL = {"fetch_model", "fetch_dataset", "fetch_converter", "compare", "report", "all"}
 ADAPTER = "results/demo/adapter"
@@ -64,7 +64,7 @@ def train(checkout: Path, cluster: Cluster) -> Iterator[Callable[..., Run]]:
             run.kill()
     subprocess.run(["scancel", "--user=root"], check=False)
     wait_until(lambda: not cluster.jobs("RUNNING", "COMPLETING"), 60, "the jobs to end")
-    run_snakemake(checkout, "--unlock", "--configfile", "runs/demo.yaml")
+    run_snakemake(checkout, "--unlock", *DEMO)
 
 
 def wait_for_updates(cluster: Cluster, checkout: Path) -> str:
@@ -223,7 +223,7 @@ def test_killed_snakemake_leaves_a_job_that_is_named(
     run.kill()
     assert train().finish() == 1
     assert "--unlock" in (checkout / "run.txt").read_text()
-    run_snakemake(checkout, "--unlock", "--configfile", "runs/demo.yaml")
+    run_snakemake(checkout, "--unlock", *DEMO)
     run = train()
     assert run.finish() == 2
     (message,) = run.messages()
