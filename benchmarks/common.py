@@ -14,8 +14,8 @@ import yaml
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from pockettune import program  # noqa: E402
-from pockettune.metrics import processor_name  # noqa: E402
+from pockettune.common import program  # noqa: E402
+from pockettune.evaluation.metrics import processor_name  # noqa: E402
 
 WORK = ROOT / "benchmarks/scratch"
 CONVERTER = ROOT / "resources/llama.cpp-0.3.36"
@@ -139,6 +139,6 @@ def data_steps(model: Path, settings: str) -> dict[str, list[object]]:
     splits = ("train", "validation", "test")
     files = [x for s in splits for x in (f"--{s}", WORK / f"dataset/{s}.jsonl")]
     return {
-        "fetch_dataset": step("fetch_dataset", "--settings", settings, "--downloads", WORK, "--output", WORK / "dataset"),
+        "fetch_dataset": step("fetch_dataset", "--settings", settings, "--downloads", WORK, "--audit", WORK / "dataset/audit.json"),
         "tokenize": step("tokenize_dataset", "--settings", settings, "--model", model, *files, "--output", WORK / "tokens"),
     }  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from common import machine, write_page
-from pockettune import program
+from pockettune.common import program
 
 
 def describe_stages(stages: dict[str, dict[str, Any]]) -> list[str]:

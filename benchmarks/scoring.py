@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 
 from common import WORK, machine, write_page
-from pockettune import program
-from pockettune.batching import common_prefix
-from pockettune.evaluation import Runtime, measure_noise
-from pockettune.llama import LlamaModel
-from pockettune.prompts import Example, Examples, take_evenly
-from pockettune.scoring import score_answers
+from pockettune.common import program
+from pockettune.data.prompts import Example, Examples, take_evenly
+from pockettune.evaluation.scoring import score_answers
+from pockettune.evaluation.stages import Runtime, measure_noise
+from pockettune.runtimes.batching import common_prefix
+from pockettune.runtimes.llama import LlamaModel
 
 
 def read_inputs(rows: int) -> tuple[list[list[int]], list[Example]]:

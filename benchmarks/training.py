@@ -66,24 +66,24 @@ def settings_of_run() -> dict[str, Any]:
 
 def time_ours(rows: list[int], batch_size: int, recompute: bool) -> list[float]:
     """Return the seconds of each update on `rows`, `batch_size` at a time."""
-    from pockettune import training
-    from pockettune.adapters import add_adapter
-    from pockettune.prompts import Examples
+    from pockettune.data.prompts import Examples
+    from pockettune.models.adapters import add_adapter
+    from pockettune.training import loop
     from train_adapter import choose_precision, load_base
 
     train = default_settings()["train"]
     train.update(batch_size=batch_size, gradient_checkpointing=recompute)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    hardware = training.Hardware(device, choose_precision(train["precision"], device))
+    hardware = loop.Hardware(device, choose_precision(train["precision"], device))
     examples = Examples(WORK / "tokens/train.arrow")
     model = add_adapter(load_base(MODEL, train, hardware), train, MODEL)
-    state = training.start_training(model, train, hardware, len(rows) // batch_size)
+    state = loop.start_training(model, train, hardware, len(rows) // batch_size)
     model.train()
     seconds = []
     for start in range(0, len(rows), batch_size):
         begun = time.perf_counter()
         batch = [examples[row] for row in rows[start : start + batch_size]]
-        training.make_update(model, batch, state, train, hardware)  # its loss is read: synchronised
+        loop.make_update(model, batch, state, train, hardware)  # its loss is read: synchronised
         seconds.append(time.perf_counter() - begun)
     return seconds
 
@@ -95,7 +95,7 @@ def time_theirs(rows: list[int], batch_size: int, options: dict[str, Any]) -> li
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from pockettune.records import read_records
+    from pockettune.data.records import read_records
     from pockettune.tasks import load_task
 
     settings = settings_of_run()
@@ -151,7 +151,7 @@ def time_theirs(rows: list[int], batch_size: int, options: dict[str, Any]) -> li
 
 def run_one(way: str, batch_size: int, updates: int) -> dict[str, float]:
     """Train on a few updates in this process; the first, which warms up, is not counted."""
-    from pockettune.prompts import Examples
+    from pockettune.data.prompts import Examples
 
     torch.set_num_threads(os.cpu_count() or 1)
     count = (updates + 1) * batch_size

@@ -41,7 +41,7 @@ def commands(threads: int) -> dict[str, list[object]]:
 
     def evaluate(stage: str, model: Path) -> list[object]:
         name = "evaluate_gguf" if model.suffix == ".gguf" else "evaluate_model"
-        return step(name, "--settings", text, "--stage", stage, "--model", model, "--tokens", WORK / "tokens",
+        return step(name, "--settings", text, "--model", model, "--tokens", WORK / "tokens",
                     "--threads", threads, "--metrics", WORK / f"{stage}.json",
                     "--predictions", WORK / f"{stage}.parquet")  # fmt: skip
 
@@ -67,7 +67,7 @@ def compare(ours: Sequence[object], theirs: Sequence[object], runs: int = 3) -> 
 
 def check_files() -> list[str]:
     """Return what the two files store; stop where it is not what the shape gives."""
-    from pockettune.gguf_files import describe_file
+    from pockettune.gguf.files import describe_file
 
     lines = []
     for name, expected in (("f16", 994.3e6), ("q4_k_m", 397.8e6)):

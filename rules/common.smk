@@ -10,15 +10,20 @@ import yaml
 
 sys.path.insert(0, f"{workflow.basedir}/scripts")
 
-from pockettune.cluster import (
+from pockettune.workflow.cluster import (
     explain_failures,
     program_messages,
     refuse_strays,
     watch_queue,
 )
-from pockettune.config import check_config, check_files, drop_idle, set_environment
-from pockettune.errors import UserError
-from pockettune.imports import imported_files
+from pockettune.workflow.config import (
+    check_config,
+    check_files,
+    drop_idle,
+    set_environment,
+)
+from pockettune.common.errors import UserError
+from pockettune.workflow.imports import imported_files
 
 # As in requirements.txt, so that the converter is of the same commit as the runtime.
 LLAMA_CPP_PYTHON = "0.3.36"
@@ -99,9 +104,36 @@ def memory(mb):
     return lambda wildcards, attempt: attempt * mb
 
 
-def modules(program):
-    """Return the project's own modules that a program imports, so that their edits rerun it."""
-    return list(map(str, imported_files(Path(program), root=Path("scripts"))))
+def program(name):
+    """Return what a rule that runs scripts/<name>.py has among its inputs: that file and the
+    project's modules that it imports, so that their edits rerun it."""
+    path = Path("scripts", f"{name}.py")
+    return {
+        "program": str(path),
+        "modules": list(map(str, imported_files(path, root=Path("scripts")))),
+    }
+
+
+def command(options):
+    """Return the shell command that runs a rule's program, an option for each word.
+
+    `input.model` is --model with that input, `model=input.base` gives the option a name of its
+    own, `threads` is the rule's threads, and what has no dot is taken as it stands.
+    """
+    words = ["python {input.program:q}"]
+    for option in [*options.split(), "log"]:
+        name, _, value = option.rpartition("=")
+        name = name or value.rpartition(".")[2]
+        quoted = value == "log" or value.startswith(("input.", "output.", "params."))
+        words.append(
+            f"--{name} "
+            + (
+                f"{{{value}:q}}"
+                if quoted
+                else "{threads}" if value == "threads" else value
+            )
+        )
+    return " ".join(words)
 
 
 def model_label():

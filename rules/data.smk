@@ -10,8 +10,7 @@ localrules:
 
 rule fetch_model:
     input:
-        program="scripts/fetch_model.py",
-        modules=modules("scripts/fetch_model.py"),
+        **program("fetch_model"),
         source=model_files(),
     output:
         model=directory(BASE_MODEL),
@@ -24,17 +23,12 @@ rule fetch_model:
     params:
         settings=settings("model"),
     shell:
-        "python {input.program:q}"
-        " --settings {params.settings:q}"
-        " --downloads resources/downloads"
-        " --output {output.model:q}"
-        " --log {log:q}"
+        command("params.settings downloads=resources/downloads output=output.model")
 
 
 rule fetch_dataset:
     input:
-        program="scripts/fetch_dataset.py",
-        modules=modules("scripts/fetch_dataset.py"),
+        **program("fetch_dataset"),
         files=dataset_files(),
     output:
         train="<results>/dataset/train.jsonl",
@@ -50,17 +44,12 @@ rule fetch_dataset:
     params:
         settings=dataset_settings,
     shell:
-        "python {input.program:q}"
-        " --settings {params.settings:q}"
-        " --downloads resources/downloads"
-        ' --output "$(dirname {output.audit:q})"'
-        " --log {log:q}"
+        command("params.settings downloads=resources/downloads output.audit")
 
 
 rule fetch_converter:
     input:
-        program="scripts/fetch_converter.py",
-        modules=modules("scripts/fetch_converter.py"),
+        **program("fetch_converter"),
     output:
         converter=directory(CONVERTER),
     log:
@@ -72,17 +61,12 @@ rule fetch_converter:
     params:
         version=LLAMA_CPP_PYTHON,
     shell:
-        "python {input.program:q}"
-        " --version {params.version:q}"
-        " --downloads resources/downloads"
-        " --output {output.converter:q}"
-        " --log {log:q}"
+        command("params.version downloads=resources/downloads output=output.converter")
 
 
 rule tokenize:
     input:
-        program="scripts/tokenize_dataset.py",
-        modules=modules("scripts/tokenize_dataset.py"),
+        **program("tokenize_dataset"),
         model=BASE_MODEL,
         train="<results>/dataset/train.jsonl",
         validation="<results>/dataset/validation.jsonl",
@@ -101,11 +85,7 @@ rule tokenize:
     params:
         settings=settings("task", "tokenize", "dataset"),
     shell:
-        "python {input.program:q}"
-        " --settings {params.settings:q}"
-        " --model {input.model:q}"
-        " --train {input.train:q}"
-        " --validation {input.validation:q}"
-        " --test {input.test:q}"
-        " --output {output.tokens:q}"
-        " --log {log:q}"
+        command(
+            "params.settings input.model input.train input.validation input.test"
+            " output=output.tokens"
+        )

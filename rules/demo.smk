@@ -3,8 +3,7 @@
 
 rule make_demo_data:
     input:
-        program="scripts/make_demo_data.py",
-        modules=modules("scripts/make_demo_data.py"),
+        **program("make_demo_data"),
     output:
         train="resources/demo/train.csv",
         validation="resources/demo/validation.csv",
@@ -16,16 +15,15 @@ rule make_demo_data:
         "<results>/benchmarks/make_demo_data.tsv"
     conda:
         "../envs/data.yaml"
+    params:
+        folder="resources/demo",
     shell:
-        "python {input.program:q}"
-        ' --output "$(dirname {output.corpus:q})"'
-        " --log {log:q}"
+        command("output=params.folder")
 
 
 rule make_demo_base:
     input:
-        program="scripts/make_demo_base.py",
-        modules=modules("scripts/make_demo_base.py"),
+        **program("make_demo_base"),
         corpus="resources/demo/corpus.txt",
     output:
         config="resources/demo/base/config.json",
@@ -39,9 +37,7 @@ rule make_demo_base:
     conda:
         "../envs/train.yaml"
     threads: 4
+    params:
+        folder="resources/demo/base",
     shell:
-        "python {input.program:q}"
-        " --corpus {input.corpus:q}"
-        " --threads {threads}"
-        ' --output "$(dirname {output.config:q})"'
-        " --log {log:q}"
+        command("input.corpus threads output=params.folder")

@@ -8,8 +8,7 @@ localrules:
 
 rule evaluate_tfidf:
     input:
-        program="scripts/evaluate_tfidf.py",
-        modules=modules("scripts/evaluate_tfidf.py"),
+        **program("evaluate_tfidf"),
         tokens="<results>/tokens",
         train="<results>/dataset/train.jsonl",
         split=f"<results>/dataset/{SPLIT}.jsonl",
@@ -27,23 +26,16 @@ rule evaluate_tfidf:
         runtime="1h",
     params:
         settings=settings("task", "dataset", "evaluate"),
-        stage="tfidf",
     shell:
-        "python {input.program:q}"
-        " --settings {params.settings:q}"
-        " --stage {params.stage:q}"
-        " --tokens {input.tokens:q}"
-        " --train {input.train:q}"
-        " --split {input.split:q}"
-        " --metrics {output.metrics:q}"
-        " --predictions {output.predictions:q}"
-        " --log {log:q}"
+        command(
+            "params.settings input.tokens input.train input.split"
+            " output.metrics output.predictions"
+        )
 
 
 rule evaluate_base:
     input:
-        program="scripts/evaluate_model.py",
-        modules=modules("scripts/evaluate_model.py"),
+        **program("evaluate_model"),
         model=BASE_MODEL,
         adapter=[],
         tokens="<results>/tokens",
@@ -63,25 +55,16 @@ rule evaluate_base:
         runtime="2h",
     params:
         settings=settings("task", "dataset", "evaluate"),
-        stage="base",
     shell:
-        "python {input.program:q}"
-        " --settings {params.settings:q}"
-        " --stage {params.stage:q}"
-        " --model {input.model:q}"
-        " --adapter {input.adapter:q}"
-        " --tokens {input.tokens:q}"
-        " --reference {input.reference:q}"
-        " --threads {threads}"
-        " --metrics {output.metrics:q}"
-        " --predictions {output.predictions:q}"
-        " --log {log:q}"
+        command(
+            "params.settings input.model input.adapter input.tokens input.reference threads"
+            " output.metrics output.predictions"
+        )
 
 
 use rule evaluate_base as evaluate_adapter with:
     input:
-        program="scripts/evaluate_model.py",
-        modules=modules("scripts/evaluate_model.py"),
+        **program("evaluate_model"),
         model=BASE_MODEL,
         adapter="<results>/adapter",
         tokens="<results>/tokens",
@@ -93,15 +76,11 @@ use rule evaluate_base as evaluate_adapter with:
         "<results>/logs/evaluate_adapter.log",
     benchmark:
         "<results>/benchmarks/evaluate_adapter.tsv"
-    params:
-        settings=settings("task", "dataset", "evaluate"),
-        stage="adapter",
 
 
 use rule evaluate_base as evaluate_merged with:
     input:
-        program="scripts/evaluate_model.py",
-        modules=modules("scripts/evaluate_model.py"),
+        **program("evaluate_model"),
         model="<results>/merged",
         adapter=[],
         tokens="<results>/tokens",
@@ -113,17 +92,13 @@ use rule evaluate_base as evaluate_merged with:
         "<results>/logs/evaluate_merged.log",
     benchmark:
         "<results>/benchmarks/evaluate_merged.tsv"
-    params:
-        settings=settings("task", "dataset", "evaluate"),
-        stage="merged",
 
 
 # Its answers over the whole vocabulary are kept: the other stages are compared with them.
 rule evaluate_f16:
     input:
-        program="scripts/evaluate_gguf.py",
-        modules=modules("scripts/evaluate_gguf.py"),
-        gguf="<results>/f16.gguf",
+        **program("evaluate_gguf"),
+        model="<results>/f16.gguf",
         tokens="<results>/tokens",
         reference=[],
     output:
@@ -142,26 +117,17 @@ rule evaluate_f16:
         runtime="2h",
     params:
         settings=settings("task", "dataset", "evaluate"),
-        stage="f16",
     shell:
-        "python {input.program:q}"
-        " --settings {params.settings:q}"
-        " --stage {params.stage:q}"
-        " --model {input.gguf:q}"
-        " --tokens {input.tokens:q}"
-        " --reference {input.reference:q}"
-        " --write-reference {output.reference:q}"
-        " --threads {threads}"
-        " --metrics {output.metrics:q}"
-        " --predictions {output.predictions:q}"
-        " --log {log:q}"
+        command(
+            "params.settings input.model input.tokens input.reference threads"
+            " write-reference=output.reference output.metrics output.predictions"
+        )
 
 
 use rule evaluate_f16 as evaluate_variant with:
     input:
-        program="scripts/evaluate_gguf.py",
-        modules=modules("scripts/evaluate_gguf.py"),
-        gguf="<results>/{variant}.gguf",
+        **program("evaluate_gguf"),
+        model="<results>/{variant}.gguf",
         tokens="<results>/tokens",
         reference="<results>/logits/f16.npy",
     output:
@@ -174,17 +140,13 @@ use rule evaluate_f16 as evaluate_variant with:
         "<results>/benchmarks/evaluate_{variant}.tsv"
     wildcard_constraints:
         variant="|".join(VARIANTS),
-    params:
-        settings=settings("task", "dataset", "evaluate"),
-        stage="{variant}",
 
 
 # It measures time: with --cores 4 it runs alone, on a cluster it has its cores to itself.
 rule measure_speed:
     input:
-        program="scripts/measure_speed.py",
-        modules=modules("scripts/measure_speed.py"),
-        gguf="<results>/{file}.gguf",
+        **program("measure_speed"),
+        model="<results>/{file}.gguf",
     output:
         speed="<results>/speed/{file}.json",
     log:
@@ -200,17 +162,12 @@ rule measure_speed:
         mem_mb=memory(4000),
         runtime="30m",
     shell:
-        "python {input.program:q}"
-        " --model {input.gguf:q}"
-        " --threads {threads}"
-        " --output {output.speed:q}"
-        " --log {log:q}"
+        command("input.model threads output=output.speed")
 
 
 rule compare:
     input:
-        program="scripts/compare_stages.py",
-        modules=modules("scripts/compare_stages.py"),
+        **program("compare_stages"),
         records=f"<results>/dataset/{SPLIT}.jsonl",
         metrics=expand("<results>/metrics/{stage}.json", stage=STAGES),
         predictions=expand("<results>/predictions/{stage}.parquet", stage=STAGES),
@@ -231,21 +188,15 @@ rule compare:
     params:
         settings=settings("task", "dataset"),
     shell:
-        "python {input.program:q}"
-        " --settings {params.settings:q}"
-        " --records {input.records:q}"
-        " --metrics {input.metrics:q}"
-        " --predictions {input.predictions:q}"
-        " --json {output.json:q}"
-        " --csv {output.csv:q}"
-        " --flips {output.flips:q}"
-        " --log {log:q}"
+        command(
+            "params.settings input.records input.metrics input.predictions"
+            " output.json output.csv output.flips"
+        )
 
 
 rule report:
     input:
-        program="scripts/write_report.py",
-        modules=modules("scripts/write_report.py"),
+        **program("write_report"),
         templates=["report/report.html.j2", "report/card.md.j2"],
         metrics="<results>/metrics.json",
         flips="<results>/flips.json",
@@ -272,18 +223,8 @@ rule report:
     params:
         settings=report_settings,
     shell:
-        "python {input.program:q}"
-        " --settings {params.settings:q}"
-        " --templates {input.templates:q}"
-        " --metrics {input.metrics:q}"
-        " --flips {input.flips:q}"
-        " --parity {input.parity:q}"
-        " --speed {input.speed:q}"
-        " --audit {input.audit:q}"
-        " --tokens {input.tokens:q}"
-        " --adapter {input.adapter:q}"
-        " --base {input.base:q}"
-        " --benchmarks {input.benchmarks:q}"
-        " --html {output.html:q}"
-        " --card {output.card:q}"
-        " --log {log:q}"
+        command(
+            "params.settings input.templates input.metrics input.flips input.parity input.speed"
+            " input.audit input.tokens input.adapter input.base input.benchmarks"
+            " output.html output.card"
+        )

@@ -3,8 +3,7 @@
 
 rule convert:
     input:
-        program="scripts/convert_model.py",
-        modules=modules("scripts/convert_model.py"),
+        **program("convert_model"),
         model="<results>/merged",
         converter=CONVERTER,
     output:
@@ -21,19 +20,13 @@ rule convert:
     params:
         settings=settings("model", "dataset", "task", "card"),
     shell:
-        "python {input.program:q}"
-        " --model {input.model:q}"
-        " --converter {input.converter:q}"
-        " --settings {params.settings:q}"
-        " --output {output.gguf:q}"
-        " --log {log:q}"
+        command("input.model input.converter params.settings output=output.gguf")
 
 
 # The gate: no file is quantized of an F16 that is not the merged model.
 rule check_parity:
     input:
-        program="scripts/check_parity.py",
-        modules=modules("scripts/check_parity.py"),
+        **program("check_parity"),
         base=BASE_MODEL,
         adapter="<results>/adapter",
         model="<results>/merged",
@@ -52,21 +45,15 @@ rule check_parity:
         mem_mb=memory(8000),
         runtime="1h",
     shell:
-        "python {input.program:q}"
-        " --base {input.base:q}"
-        " --adapter {input.adapter:q}"
-        " --model {input.model:q}"
-        " --gguf {input.gguf:q}"
-        " --tokens {input.tokens:q}"
-        " --threads {threads}"
-        " --output {output.parity:q}"
-        " --log {log:q}"
+        command(
+            "input.base input.adapter input.model input.gguf input.tokens threads"
+            " output=output.parity"
+        )
 
 
 rule quantize:
     input:
-        program="scripts/quantize_model.py",
-        modules=modules("scripts/quantize_model.py"),
+        **program("quantize_model"),
         gguf="<results>/f16.gguf",
         parity="<results>/parity.json",
     output:
@@ -86,9 +73,4 @@ rule quantize:
     params:
         settings=variant_settings,
     shell:
-        "python {input.program:q}"
-        " --settings {params.settings:q}"
-        " --source {input.gguf:q}"
-        " --threads {threads}"
-        " --output {output.gguf:q}"
-        " --log {log:q}"
+        command("params.settings source=input.gguf threads output=output.gguf")

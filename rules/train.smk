@@ -5,8 +5,7 @@ if OWN_ADAPTER:
 
     rule import_adapter:
         input:
-            program="scripts/import_adapter.py",
-            modules=modules("scripts/import_adapter.py"),
+            **program("import_adapter"),
             base=BASE_MODEL,
             files=adapter_files(),
         output:
@@ -20,18 +19,13 @@ if OWN_ADAPTER:
         params:
             adapter=OWN_ADAPTER,
         shell:
-            "python {input.program:q}"
-            " --adapter {params.adapter:q}"
-            " --base {input.base:q}"
-            " --output {output.adapter:q}"
-            " --log {log:q}"
+            command("params.adapter input.base output=output.adapter")
 
 else:
 
     rule train:
         input:
-            program="scripts/train_adapter.py",
-            modules=modules("scripts/train_adapter.py"),
+            **program("train_adapter"),
             base=BASE_MODEL,
             tokens="<results>/tokens",
         output:
@@ -50,20 +44,14 @@ else:
         params:
             settings=settings("train", "task", "dataset"),
         shell:
-            "python {input.program:q}"
-            " --settings {params.settings:q}"
-            " --base {input.base:q}"
-            " --tokens {input.tokens:q}"
-            " --threads {threads}"
-            ' --scratch "$(dirname {output.adapter:q})/scratch"'
-            " --output {output.adapter:q}"
-            " --log {log:q}"
+            command(
+                "params.settings input.base input.tokens threads output=output.adapter"
+            )
 
 
 rule merge:
     input:
-        program="scripts/merge_adapter.py",
-        modules=modules("scripts/merge_adapter.py"),
+        **program("merge_adapter"),
         base=BASE_MODEL,
         adapter="<results>/adapter",
     output:
@@ -78,8 +66,4 @@ rule merge:
         mem_mb=memory(8000),
         runtime="30m",
     shell:
-        "python {input.program:q}"
-        " --base {input.base:q}"
-        " --adapter {input.adapter:q}"
-        " --output {output.merged:q}"
-        " --log {log:q}"
+        command("input.base input.adapter output=output.merged")

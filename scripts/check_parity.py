@@ -12,12 +12,13 @@ from pathlib import Path
 
 import torch
 
-from pockettune import parity, parity_logits, program
-from pockettune.errors import UserError
-from pockettune.llama import LlamaModel
-from pockettune.models import load_tokenizer
-from pockettune.parity import Result
-from pockettune.prompts import Examples, take_evenly
+from pockettune.common import program
+from pockettune.common.errors import UserError
+from pockettune.data.prompts import Examples, take_evenly
+from pockettune.models.folder import load_tokenizer
+from pockettune.parity import computed, stored
+from pockettune.parity.stored import Result
+from pockettune.runtimes.llama import LlamaModel
 
 PROMPTS_COMPUTED = 32
 PROMPTS_ANSWERED = 4
@@ -65,11 +66,11 @@ def check_file(
     """Run the checks for which nothing is computed."""
     tokenizer = load_tokenizer(model)
     return [
-        parity.check_token_ids(llama, tokenizer, examples),
-        parity.check_vocabulary(llama, base, model),
-        parity.check_special_tokens(llama, tokenizer, {ids[-1] for ids in answers}),
-        parity.check_chat_template(llama, tokenizer),
-        parity.check_tensors(gguf, model),
+        stored.check_token_ids(llama, tokenizer, examples),
+        stored.check_vocabulary(llama, base, model),
+        stored.check_special_tokens(llama, tokenizer, {ids[-1] for ids in answers}),
+        stored.check_chat_template(llama, tokenizer),
+        stored.check_tensors(gguf, model),
     ]
 
 
@@ -87,19 +88,19 @@ def check_computed(
     first, ends = sorted({ids[0] for ids in answers}), {ids[-1] for ids in answers}
     limit = max(map(len, answers)) + ROOM_TO_STOP
 
-    found = parity_logits.logits_of_llama(llama, prompts)
+    found = computed.logits_of_llama(llama, prompts)
     said = [llama.generate_greedy(prompt, limit) for prompt in few]
     stops = [llama.stops_at(continuation[-1]) for continuation in said]
 
-    exact = parity_logits.load_exact(model)
-    merged = parity_logits.logits_of_torch(exact, prompts)
-    expected = parity_logits.generate_greedy(exact, few, limit, ends)
+    exact = computed.load_exact(model)
+    merged = computed.logits_of_torch(exact, prompts)
+    expected = computed.generate_greedy(exact, few, limit, ends)
     del exact  # before the base is loaded beside it
-    plain, adapted = parity_logits.logits_of_adapter(base, adapter, prompts)
+    plain, adapted = computed.logits_of_adapter(base, adapter, prompts)
     return [
-        parity_logits.check_logits(found, merged, first),
-        parity_logits.check_merge(merged, adapted, plain, first),
-        parity_logits.check_stops(said, expected, stops, ends),
+        computed.check_logits(found, merged, first),
+        computed.check_merge(merged, adapted, plain, first),
+        computed.check_stops(said, expected, stops, ends),
     ]
 
 

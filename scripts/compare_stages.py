@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pockettune import program
-from pockettune.errors import UserError
-from pockettune.evaluation import describe_divergence
-from pockettune.records import read_records
-from pockettune.statistics import (
+from pockettune.common import program
+from pockettune.common.errors import UserError
+from pockettune.data.records import read_records
+from pockettune.evaluation.stages import describe_divergence
+from pockettune.evaluation.statistics import (
     bootstrap_interval,
     calibration_error,
     compare_paired,

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from pockettune import program
-from pockettune.errors import UserError
-from pockettune.gguf_files import check_tensors
-from pockettune.models import tensor_shapes
+from pockettune.common import program
+from pockettune.common.errors import UserError
+from pockettune.gguf.files import check_tensors
+from pockettune.models.folder import tensor_shapes
 
 # The pre-tokenizers that llama.cpp knows by name, by the pattern that tokenizer.json spells out.
 # The converter itself recognises published tokenizers by a checksum; one of your own, trained

@@ -8,17 +8,17 @@ import argparse
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from pockettune import evaluation
-from pockettune.gguf_files import describe_file
-from pockettune.llama import LlamaModel
-from pockettune.metrics import provenance
-from pockettune.prompts import Example
+from pockettune.data.prompts import Example
+from pockettune.evaluation import stages
+from pockettune.evaluation.metrics import provenance
+from pockettune.gguf.files import describe_file
+from pockettune.runtimes.llama import LlamaModel
 
 
 @contextmanager
 def open_gguf(
     arguments: argparse.Namespace, examples: Sequence[Example]
-) -> Iterator[evaluation.Runtime]:
+) -> Iterator[stages.Runtime]:
     """Open the file; llama.cpp tokenizes the prompts itself, as it will on the phone."""
     with LlamaModel(arguments.model, arguments.threads) as model:
         prompts = [model.tokenize(example.prompt) for example in examples]
@@ -29,8 +29,8 @@ def open_gguf(
             "prompts_tokenized_otherwise": differing,
             "provenance": provenance("llama-cpp-python"),
         }
-        yield evaluation.Runtime(model.next_token_logits, prompts, model.vocabulary_size, facts)
+        yield stages.Runtime(model.next_token_logits, prompts, model.vocabulary_size, facts)
 
 
 if __name__ == "__main__":
-    evaluation.run(__doc__, open_gguf)
+    stages.run(__doc__, open_gguf)

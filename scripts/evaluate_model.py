@@ -12,17 +12,17 @@ from functools import partial
 
 import torch
 
-from pockettune import evaluation
-from pockettune.metrics import provenance
-from pockettune.models import load_model, weight_files
-from pockettune.packing import ATTENTION, next_token_logits
-from pockettune.prompts import Example
+from pockettune.data.prompts import Example
+from pockettune.evaluation import stages
+from pockettune.evaluation.metrics import provenance
+from pockettune.models.folder import load_model, weight_files
+from pockettune.runtimes.packing import ATTENTION, next_token_logits
 
 
 @contextmanager
 def open_model(
     arguments: argparse.Namespace, examples: Sequence[Example]
-) -> Iterator[evaluation.Runtime]:
+) -> Iterator[stages.Runtime]:
     """Load the model in fp32, which holds what is stored in 16 bits exactly."""
     torch.set_num_threads(arguments.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -40,8 +40,8 @@ def open_model(
         "provenance": provenance("torch", "transformers"),
     }
     prompts = [example.prompt_ids for example in examples]
-    yield evaluation.Runtime(partial(next_token_logits, model), prompts, vocabulary_size, facts)
+    yield stages.Runtime(partial(next_token_logits, model), prompts, vocabulary_size, facts)
 
 
 if __name__ == "__main__":
-    evaluation.run(__doc__, open_model, options=["--adapter"])
+    stages.run(__doc__, open_model, options=["--adapter"])

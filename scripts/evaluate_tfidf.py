@@ -15,9 +15,10 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
-from pockettune import evaluation, program
-from pockettune.metrics import provenance
-from pockettune.records import read_records
+from pockettune.common import program
+from pockettune.data.records import read_records
+from pockettune.evaluation import stages
+from pockettune.evaluation.metrics import provenance
 from pockettune.tasks import load_task
 
 
@@ -25,7 +26,7 @@ def evaluate_tfidf(arguments: argparse.Namespace) -> None:
     """Fit on train and write the stage's files for the rows that `evaluate:` names."""
     settings = arguments.settings
     task = load_task(settings["task"], settings["dataset"])
-    examples = evaluation.read_rows(arguments)
+    examples = stages.read_rows(arguments)
     words = program.read_json(arguments.tokens / "answers.json")["words"]
     train = list(read_records(arguments.train))
     texts = {record["id"]: record[task.text_field] for record in read_records(arguments.split)}
@@ -45,11 +46,11 @@ def evaluate_tfidf(arguments: argparse.Namespace) -> None:
         "seconds": round(time.perf_counter() - started, 2),
         "provenance": provenance("scikit-learn"),
     }
-    evaluation.write_stage(arguments, examples, words, scores, facts)
+    stages.write_stage(arguments, examples, words, scores, facts)
 
 
 def main() -> None:
-    parser = evaluation.argument_parser(__doc__)
+    parser = stages.argument_parser(__doc__)
     parser.add_argument("--train", type=Path, required=True, help="train.jsonl")
     parser.add_argument("--split", type=Path, required=True, help="records of the scored split")
     program.run(parser, evaluate_tfidf)

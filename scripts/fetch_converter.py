@@ -14,9 +14,9 @@ import sys
 import tarfile
 from pathlib import Path
 
-from pockettune import disk, program
-from pockettune.checksums import sha256
-from pockettune.errors import UserError
+from pockettune.common import disk, program
+from pockettune.common.checksums import sha256
+from pockettune.common.errors import UserError
 
 # Of the source releases that were looked at; another version needs its own line.
 SHA256 = {"0.3.36": "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"}

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pockettune import disk, hub, program
-from pockettune.errors import UserError, list_faults
-from pockettune.records import read_table, write_records
+from pockettune.common import disk, program
+from pockettune.common.errors import UserError, list_faults
+from pockettune.data.records import read_table, write_records
+from pockettune.sources import hub
 from pockettune.tasks import Record, Task, load_task
 
 SPLITS = ("train", "validation", "test")
@@ -221,11 +222,15 @@ def main() -> None:
     parser.add_argument(
         "--downloads", type=Path, required=True, help="folder for what the hub sends"
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder to write to")
+    parser.add_argument(
+        "--audit", type=Path, required=True, help="JSON to write, the splits beside it"
+    )
 
     def work(arguments: argparse.Namespace) -> None:
         settings = arguments.settings
-        fetch_dataset(settings["dataset"], settings["task"], arguments.downloads, arguments.output)
+        fetch_dataset(
+            settings["dataset"], settings["task"], arguments.downloads, arguments.audit.parent
+        )
 
     program.run(parser, work)
 

@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pockettune import disk, hub, program
-from pockettune.checksums import sha256
-from pockettune.errors import UserError, list_faults
-from pockettune.models import check_model_folder, weight_files
+from pockettune.common import disk, program
+from pockettune.common.checksums import sha256
+from pockettune.common.errors import UserError, list_faults
+from pockettune.models.folder import check_model_folder, weight_files
+from pockettune.sources import hub
 
 
 def fetch_model(model: Mapping[str, Any], downloads: Path, output: Path) -> None:

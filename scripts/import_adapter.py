@@ -10,9 +10,9 @@ import math
 import shutil
 from pathlib import Path
 
-from pockettune import program
-from pockettune.adapters import WEIGHTS, check_adapter
-from pockettune.models import read_header
+from pockettune.common import program
+from pockettune.models.adapters import WEIGHTS, check_adapter
+from pockettune.models.folder import read_header
 
 
 def import_adapter(adapter: Path, base: Path, output: Path) -> None:

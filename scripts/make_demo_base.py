@@ -18,8 +18,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from torch.nn.functional import cross_entropy
 from transformers import Qwen2Config, Qwen2ForCausalLM, logging
 
-from pockettune import program
-from pockettune.batching import group_by_tokens
+from pockettune.common import program
+from pockettune.runtimes.batching import group_by_tokens
 
 SEED = 13
 EPOCHS = 2

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from pockettune import program
+from pockettune.common import program
 
 SEED = 20260101
 ROWS = {"train": 3000, "validation": 300, "test": 600}

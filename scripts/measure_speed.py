@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pockettune import program
-from pockettune.llama import LlamaModel
-from pockettune.metrics import provenance, resident_bytes
+from pockettune.common import program
+from pockettune.evaluation.metrics import provenance, resident_bytes
+from pockettune.runtimes.llama import LlamaModel
 
 PROMPT_TOKENS, GENERATED_TOKENS, REPETITIONS = 512, 32, 5
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from pockettune import program
-from pockettune.errors import UserError
-from pockettune.models import EMBEDDING, copy_tokenizer, load_model, tensor_shapes
+from pockettune.common import program
+from pockettune.common.errors import UserError
+from pockettune.models.folder import EMBEDDING, copy_tokenizer, load_model, tensor_shapes
 
 FP16_MAX = torch.finfo(torch.float16).max
 

@@ -22,10 +22,10 @@ from typing import Any
 import llama_cpp
 from tqdm import tqdm
 
-from pockettune import program
-from pockettune.errors import UserError
-from pockettune.gguf_files import describe_file, read_gguf
-from pockettune.llama import start_backend
+from pockettune.common import program
+from pockettune.common.errors import UserError
+from pockettune.gguf.files import describe_file, read_gguf
+from pockettune.runtimes.llama import start_backend
 
 
 def quantize_model(recipe: Mapping[str, Any], source: Path, threads: int, output: Path) -> None:

@@ -1,7 +1,7 @@
 """Render every record as a prompt of the base model and turn it into token ids.
 
 Input   {train,validation,test}.jsonl, the base model's tokenizer and chat template
-Output  a folder with {train,validation,test}.arrow (see pockettune.prompts.Example),
+Output  a folder with {train,validation,test}.arrow (see pockettune.data.prompts.Example),
         answers.json (the allowed answers and their token ids) and statistics.json
 """
 
@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from pockettune import program
-from pockettune.models import load_tokenizer
-from pockettune.prompts import Example, ExampleMaker, write_examples
-from pockettune.records import count_records, read_records
+from pockettune.common import program
+from pockettune.data.prompts import Example, ExampleMaker, write_examples
+from pockettune.data.records import count_records, read_records
+from pockettune.models.folder import load_tokenizer
 from pockettune.tasks import load_task
 
 

@@ -2,10 +2,10 @@
 
 The answer is a token or two behind a prompt of about a hundred, so logits are computed where an
 answer token is predicted and nowhere else, and sequences are laid end to end behind their common
-start instead of padded (pockettune.packing). Loss: cross-entropy, mean over an answer's tokens, then
+start instead of padded (pockettune.runtimes.packing). Loss: cross-entropy, mean over an answer's tokens, then
 over the examples. Now and then the adapter is scored on rows of validation; the best one is kept.
 
-A killed run goes on from its last checkpoint, to the same adapter (pockettune.training).
+A killed run goes on from its last checkpoint, to the same adapter (pockettune.training.loop).
 
 Input   the base model; the folder tokens/
 Output  a PEFT adapter folder (adapter_config.json, adapter_model.safetensors) with training.json:
@@ -21,14 +21,17 @@ from typing import Any
 
 import torch
 
-from pockettune import checkpoints, disk, metrics, packing, program
-from pockettune.adapters import add_adapter
-from pockettune.errors import UserError
-from pockettune.imports import imported_files
-from pockettune.models import load_model, weight_files
-from pockettune.prompts import Examples, take_evenly
+from pockettune.common import disk, program
+from pockettune.common.errors import UserError
+from pockettune.data.prompts import Examples, take_evenly
+from pockettune.evaluation import metrics
+from pockettune.models.adapters import add_adapter
+from pockettune.models.folder import load_model, weight_files
+from pockettune.runtimes import packing
 from pockettune.tasks import load_task
-from pockettune.training import Hardware, TrainingState, Validator, draw_batches, run_updates
+from pockettune.training import checkpoints
+from pockettune.training.loop import Hardware, TrainingState, Validator, draw_batches, run_updates
+from pockettune.workflow.imports import imported_files
 
 
 def train_adapter(
@@ -182,7 +185,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=Path, required=True, help="folder of tokenize_dataset.py")
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument(
-        "--scratch", type=Path, required=True, help="folder for checkpoints of unfinished trainings"
+        "--scratch",
+        type=Path,
+        help="folder for checkpoints of unfinished trainings; scratch/ beside the output if not given",
     )
     parser.add_argument(
         "--save-every", type=float, default=60.0, help="seconds between checkpoints"
@@ -190,7 +195,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="adapter folder to make")
 
     def work(a: argparse.Namespace) -> None:
-        train_adapter(a.settings, a.base, a.tokens, a.threads, a.scratch, a.output, a.save_every)
+        scratch = a.scratch or a.output.with_name("scratch")
+        train_adapter(a.settings, a.base, a.tokens, a.threads, scratch, a.output, a.save_every)
 
     program.run(parser, work)
 

@@ -17,7 +17,8 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
-from pockettune import plots, program
+from pockettune.common import program
+from pockettune.evaluation import plots
 
 FLIPS_SHOWN = 40  # of each file
 

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from import_adapter import import_adapter
 from merge_adapter import merge_adapter
-from pockettune.adapters import WEIGHTS, check_adapter
-from pockettune.errors import UserError
-from pockettune.models import load_model
+from pockettune.common.errors import UserError
+from pockettune.models.adapters import WEIGHTS, check_adapter
+from pockettune.models.folder import load_model
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from pockettune import cluster
-from pockettune.errors import UserError
+from pockettune.common.errors import UserError
+from pockettune.workflow import cluster
 
 # As snakemake-executor-plugin-slurm 2.8.0 writes it.
 LOG = """

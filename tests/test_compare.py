@@ -12,9 +12,9 @@ import pandas as pd
 import pytest
 
 from compare_stages import as_table, compare_stages, list_flips
-from pockettune import evaluation
-from pockettune.errors import UserError
-from pockettune.prompts import Example, write_examples
+from pockettune.common.errors import UserError
+from pockettune.data.prompts import Example, write_examples
+from pockettune.evaluation import stages
 
 WORDS = ["差", "好"]
 
@@ -105,11 +105,11 @@ def test_divergence_from_f16_is_over_the_whole_vocabulary(tmp_path: Path) -> Non
 
     def evaluate(stage: str, sharpness: float, **paths: Path | None) -> dict[str, Any]:
         @contextmanager
-        def open_runtime(_: Namespace, rows: Sequence[Example]) -> Iterator[evaluation.Runtime]:
+        def open_runtime(_: Namespace, rows: Sequence[Example]) -> Iterator[stages.Runtime]:
             def compute(prompts: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
                 yield from (logits[prompt[0]] * sharpness for prompt in prompts)
 
-            yield evaluation.Runtime(compute, [row.prompt_ids for row in rows], 50)
+            yield stages.Runtime(compute, [row.prompt_ids for row in rows], 50)
 
         arguments = Namespace(
             stage=stage, tokens=tmp_path, metrics=tmp_path / f"{stage}.json",
@@ -118,7 +118,7 @@ def test_divergence_from_f16_is_over_the_whole_vocabulary(tmp_path: Path) -> Non
                       "evaluate": {"split": "test", "limit": None}},
             **{"reference": None, "write_reference": None, **paths},
         )  # fmt: skip
-        evaluation.evaluate(arguments, open_runtime)
+        stages.evaluate(arguments, open_runtime)
         result: dict[str, Any] = json.loads((tmp_path / f"{stage}.json").read_text())
         return result
 

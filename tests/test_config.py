@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from conftest import ROOT
-from pockettune.config import check_config, check_files, drop_idle
-from pockettune.errors import UserError
+from pockettune.common.errors import UserError
+from pockettune.workflow.config import check_config, check_files, drop_idle
 
 SCHEMA = yaml.safe_load((ROOT / "schemas/config.schema.yaml").read_text())
 CONFIG = yaml.safe_load((ROOT / "config.yaml").read_text())

@@ -19,8 +19,8 @@ from conftest import LINEAGE, run_program, run_snakemake
 from fetch_dataset import fetch_dataset
 from fetch_model import fetch_model
 from loopback_hub import COMMIT, serve
-from pockettune.errors import UserError
-from pockettune.models import check_model_folder, load_model
+from pockettune.common.errors import UserError
+from pockettune.models.folder import check_model_folder, load_model
 
 NAME = "somebody/tiny"
 MODEL = {"name": NAME, "revision": COMMIT, "sha256": None, "path": None}
@@ -159,14 +159,14 @@ def arguments_of(program: str, gguf: Path, output: Path) -> list[str | Path]:
         return ["--settings", '{"type": "Q8_0"}', "--source", gguf, "--threads", "1", "--output", output]  # fmt: skip
     if program == "measure_speed.py":
         return ["--model", gguf, "--threads", "1", "--output", output]
-    from pockettune.prompts import write_examples
+    from pockettune.data.prompts import write_examples
 
     tokens = gguf.parent / "tokens"
     tokens.mkdir()
     (tokens / "answers.json").write_text('{"words": ["好"], "ids": [[5, 2]]}')
     write_examples(tokens / "test.arrow", [])
     settings = {"task": TASK, "dataset": {}, "evaluate": {"split": "test", "limit": None}}
-    return ["--settings", json.dumps(settings), "--stage", "x", "--tokens", tokens, "--model", gguf,
+    return ["--settings", json.dumps(settings), "--tokens", tokens, "--model", gguf,
             "--threads", "1", "--metrics", output, "--predictions", output]  # fmt: skip
 
 

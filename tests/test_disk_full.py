@@ -19,11 +19,12 @@ from safetensors.torch import save_file
 from conftest import CONVERTER, LINEAGE, ROOT, copy_checkout, run_program, run_snakemake
 from loopback_hub import serve
 from merge_adapter import merge_adapter
-from pockettune import checkpoints, disk, program
-from pockettune.checksums import sha256
-from pockettune.errors import DiskFullError
-from pockettune.gguf_files import describe_file
-from pockettune.prompts import write_examples
+from pockettune.common import disk, program
+from pockettune.common.checksums import sha256
+from pockettune.common.errors import DiskFullError
+from pockettune.data.prompts import write_examples
+from pockettune.gguf.files import describe_file
+from pockettune.training import checkpoints
 from test_hub import NAME, model_settings
 from test_merge import make_adapter
 from test_train import make_example, settings, write_tokens
@@ -64,7 +65,7 @@ def fill(folder: Path, left: int = 0) -> Path:
 def run_patched(patch: str, name: str, *arguments: str | Path) -> Result:
     """Run a program of scripts/ after a line of Python."""
     module = name.removesuffix(".py")
-    code = f"import {module} as it; from pockettune import disk; {patch}; it.main()"
+    code = f"import {module} as it; from pockettune.common import disk; {patch}; it.main()"
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
         env=os.environ | {"PYTHONPATH": str(ROOT / "scripts")},

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from conftest import ROOT, run_snakemake
-from pockettune.config import check_config
+from pockettune.workflow.config import check_config
 from update_readme import fill
 
 PAGES = [ROOT / "README.md", ROOT / "results/README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -9,8 +9,8 @@ import pytest
 
 from conftest import ROOT
 from fetch_dataset import fetch_dataset
-from pockettune.errors import UserError
-from pockettune.records import read_records, read_table
+from pockettune.common.errors import UserError
+from pockettune.data.records import read_records, read_table
 
 CHNSENTICORP = ROOT.parent / "shared/data/chnsenticorp"
 TASK = {"type": "classification", "system": "", "prompt": "{text}", "labels": {"0": "负面", "1": "正面"}}  # fmt: skip

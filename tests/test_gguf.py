@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import CONVERTER, LINEAGE, run_program
-from pockettune.batching import common_prefix, group_by_tokens
-from pockettune.errors import UserError
-from pockettune.gguf_files import check_tensors, describe_file, read_gguf
-from pockettune.llama import PROMPTS_A_BATCH, LlamaModel
-from pockettune.models import load_model, load_tokenizer, read_header
-from pockettune.packing import ATTENTION, next_token_logits
-from pockettune.prompts import encode
+from pockettune.common.errors import UserError
+from pockettune.data.prompts import encode
+from pockettune.gguf.files import check_tensors, describe_file, read_gguf
+from pockettune.models.folder import load_model, load_tokenizer, read_header
+from pockettune.runtimes.batching import common_prefix, group_by_tokens
+from pockettune.runtimes.llama import PROMPTS_A_BATCH, LlamaModel
+from pockettune.runtimes.packing import ATTENTION, next_token_logits
 
 # llama.cpp keeps keys and values in FP16 and sums in another order than PyTorch in fp32; logits
 # of the tiny model reach 3.

@@ -15,12 +15,12 @@ from conftest import HOSTILE, HOSTILE_FOLDER, LINEAGE, ROOT, run_program
 from fetch_dataset import fetch_dataset
 from fetch_model import fetch_model
 from loopback_hub import COMMIT, LoopbackHub, _Handler, serve
-from pockettune import hub as hub_module
-from pockettune.config import check_config, check_files
-from pockettune.errors import UserError
-from pockettune.gguf_files import read_gguf
-from pockettune.models import check_model_folder
-from pockettune.prompts import Examples
+from pockettune.common.errors import UserError
+from pockettune.data.prompts import Examples
+from pockettune.gguf.files import read_gguf
+from pockettune.models.folder import check_model_folder
+from pockettune.sources import hub as hub_module
+from pockettune.workflow.config import check_config, check_files
 
 NAME = "somebody/tiny"
 TASK = json.loads(LINEAGE)["task"]

@@ -11,9 +11,9 @@ import pytest
 from fetch_dataset import fetch_dataset
 from fetch_model import fetch_model
 from loopback_hub import COMMIT, serve
-from pockettune import hub as hub_module
-from pockettune.errors import UserError
-from pockettune.records import read_records
+from pockettune.common.errors import UserError
+from pockettune.data.records import read_records
+from pockettune.sources import hub as hub_module
 
 NAME = "somebody/tiny"
 LABELS = {"0": "负面", "1": "正面"}

@@ -9,8 +9,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from merge_adapter import check_range, check_shape, merge_adapter
-from pockettune.errors import UserError
-from pockettune.models import load_model, read_header
+from pockettune.common.errors import UserError
+from pockettune.models.folder import load_model, read_header
 
 PROMPT = torch.tensor([[5, 17, 301, 44, 9]])
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from pockettune.errors import UserError
-from pockettune.models import check_model_folder, load_tokenizer
+from pockettune.common.errors import UserError
+from pockettune.models.folder import check_model_folder, load_tokenizer
 
 
 @pytest.fixture

@@ -8,12 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from pockettune import packing
-from pockettune.adapters import add_adapter
-from pockettune.models import load_model
-from pockettune.packing import ATTENTION, TOKENS_A_PASS, next_token_logits, pack, packed_logits
-from pockettune.prompts import Example
-from pockettune.training import batch_loss, cut_batch, draw_batches
+from pockettune.data.prompts import Example
+from pockettune.models.adapters import add_adapter
+from pockettune.models.folder import load_model
+from pockettune.runtimes import packing
+from pockettune.runtimes.packing import (
+    ATTENTION,
+    TOKENS_A_PASS,
+    next_token_logits,
+    pack,
+    packed_logits,
+)
+from pockettune.training.loop import batch_loss, cut_batch, draw_batches
 
 # fp32 sums in another order for another shape of the batch.
 LOGIT_TOLERANCE = 1e-5

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from check_parity import check_parity
 from conftest import CONVERTER, LINEAGE, run_program
 from merge_adapter import merge_adapter
-from pockettune import program
-from pockettune.errors import UserError
-from pockettune.models import load_tokenizer
-from pockettune.parity import HARD_TEXTS
-from pockettune.parity_logits import check_merge, check_stops, compare_logits
-from pockettune.prompts import ExampleMaker, write_examples
+from pockettune.common import program
+from pockettune.common.errors import UserError
+from pockettune.data.prompts import ExampleMaker, write_examples
+from pockettune.models.folder import load_tokenizer
+from pockettune.parity.computed import check_merge, check_stops, compare_logits
+from pockettune.parity.stored import HARD_TEXTS
 from pockettune.tasks import load_task
 from test_merge import make_adapter
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pockettune import processor
-from pockettune.errors import UserError
+from pockettune.common.errors import UserError
+from pockettune.runtimes import processor
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the check is of x86 processors")

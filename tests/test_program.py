@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT, run_program
-from pockettune import program
-from pockettune.errors import UserError
-from pockettune.imports import imported_files
+from pockettune.common import program
+from pockettune.common.errors import UserError
+from pockettune.workflow.imports import imported_files
 
 
 def test_output_appears_when_complete(tmp_path: Path) -> None:
@@ -85,9 +85,9 @@ def test_imports_are_followed_through_modules_and_functions() -> None:
     found = {
         str(path.relative_to(root)) for path in imported_files(root / "fetch_dataset.py", root)
     }
-    assert {"pockettune/hub.py", "pockettune/tasks/classification.py", "pockettune/errors.py",
+    assert {"pockettune/sources/hub.py", "pockettune/tasks/classification.py", "pockettune/common/errors.py",
             "pockettune/__init__.py"} <= found  # fmt: skip
-    assert "pockettune/llama.py" not in found
+    assert "pockettune/runtimes/llama.py" not in found
     assert "fetch_dataset.py" not in found
 
 

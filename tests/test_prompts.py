@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from pockettune.errors import UserError
-from pockettune.models import load_tokenizer
-from pockettune.prompts import Example, ExampleMaker, Examples, take_evenly, write_examples
+from pockettune.common.errors import UserError
+from pockettune.data.prompts import Example, ExampleMaker, Examples, take_evenly, write_examples
+from pockettune.models.folder import load_tokenizer
 from pockettune.tasks import load_task
 
 TASK = {"type": "classification", "system": "助手", "prompt": "评论：{text}\n情感：", "labels": {"0": "负面", "1": "正面"}}  # fmt: skip

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from pockettune.scoring import decisive_prefixes, log_sum_exp, score_answers
+from pockettune.evaluation.scoring import decisive_prefixes, log_sum_exp, score_answers
 
 VOCABULARY = 12
 END = 0

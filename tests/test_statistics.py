@@ -6,8 +6,8 @@ from scipy import stats
 from scipy.special import log_softmax, rel_entr
 from sklearn.metrics import accuracy_score, f1_score
 
-from pockettune import statistics
-from pockettune.statistics import (
+from pockettune.evaluation import statistics
+from pockettune.evaluation.statistics import (
     bootstrap_interval,
     calibration_error,
     compare_paired,

@@ -11,8 +11,8 @@ import yaml
 
 from conftest import SECRET, run_program, run_snakemake
 from loopback_hub import COMMIT, LoopbackHub, _Handler, serve
-from pockettune.errors import UserError
-from pockettune.redaction import redact
+from pockettune.common.errors import UserError
+from pockettune.common.redaction import redact
 
 NAME = "somebody/tiny"
 PASSWORD = "pass%20wordOfUser"
@@ -91,7 +91,7 @@ def test_secrets_are_hidden_before_a_message_is_cut(
     hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A half of a token at the end of a shortened message is no token that could be found."""
-    from pockettune import hub as hub_module
+    from pockettune.sources import hub as hub_module
 
     def fail(*_: object) -> None:
         raise RuntimeError("x" * 290 + SECRET)

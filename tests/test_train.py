@@ -14,13 +14,13 @@ import torch
 
 from conftest import ROOT
 from merge_adapter import merge_adapter
-from pockettune import training
-from pockettune.adapters import add_adapter
-from pockettune.errors import UserError
-from pockettune.models import load_model
-from pockettune.packing import ATTENTION
-from pockettune.prompts import Example, write_examples
-from pockettune.training import batch_loss, cut_batch, is_out_of_memory
+from pockettune.common.errors import UserError
+from pockettune.data.prompts import Example, write_examples
+from pockettune.models.adapters import add_adapter
+from pockettune.models.folder import load_model
+from pockettune.runtimes.packing import ATTENTION
+from pockettune.training import loop
+from pockettune.training.loop import batch_loss, cut_batch, is_out_of_memory
 from train_adapter import choose_precision, train_adapter
 
 TRAIN: dict[str, Any] = {
@@ -133,7 +133,7 @@ def test_best_validation_is_exported_and_training_stops_early(
     validator = make_validator(untrained, tokens, updates=120)
     assert validator is not None
     adapted = PeftModel.from_pretrained(model, tmp_path / "adapter")
-    again = validator.score(adapted, training.Hardware("cpu", "fp32"))
+    again = validator.score(adapted, loop.Hardware("cpu", "fp32"))
     assert again["loss"] == pytest.approx(-scores[best][1], rel=1e-5)
 
 
@@ -288,7 +288,7 @@ def test_loss_that_is_not_finite_names_the_setting_and_leaves_nothing(
     def diverged(model: torch.nn.Module, examples: list[Example]) -> torch.Tensor:
         return batch_loss(model, examples) * float("nan")
 
-    monkeypatch.setattr(training, "batch_loss", diverged)
+    monkeypatch.setattr(loop, "batch_loss", diverged)
     with pytest.raises(UserError, match=r"the loss became nan at update 1: lower train\.learning_"):
         train(tiny_model, tokens, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
@@ -300,7 +300,7 @@ def test_memory_that_runs_out_names_the_settings_and_leaves_nothing(
     def greedy(model: torch.nn.Module, examples: list[Example]) -> torch.Tensor:
         return torch.empty(2**60)  # the allocator's own error
 
-    monkeypatch.setattr(training, "batch_loss", greedy)
+    monkeypatch.setattr(loop, "batch_loss", greedy)
     with pytest.raises(UserError, match=r"out of memory .*: lower train\.batch_size \(4\) and"):
         train(tiny_model, tokens, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()

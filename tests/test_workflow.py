@@ -213,7 +213,7 @@ REBUILDS: dict[str, tuple[Callable[[Path], object], dict[str, int]]] = {
     "a row of the dataset": (append("resources/demo/test.csv", "很好,1\n"), FROM_DATASET),
     "a line of merge_adapter.py": (append("scripts/merge_adapter.py", "# x\n"), FROM_MERGE),
     "a line of write_report.py": (append("scripts/write_report.py", "# x\n"), {"report": 1, "all": 1}),
-    "a line of a module, gguf_files.py": (append("scripts/pockettune/gguf_files.py", "# x\n"), FROM_CONVERT),
+    "a line of a module, gguf/files.py": (append("scripts/pockettune/gguf/files.py", "# x\n"), FROM_CONVERT),
     "a line of a module's module, classification.py":
         (append("scripts/pockettune/tasks/classification.py", "# x\n"), FROM_DATASET),
 }  # fmt: skip

@@ -8,7 +8,7 @@ module in this folder and a line in `TASKS`.
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from pockettune.errors import UserError
+from pockettune.common.errors import UserError
 from pockettune.tasks.classification import Classification
 
 Record = dict[str, Any]  # "id", and the fields that the task's `read` returns

@@ -14,9 +14,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pockettune import disk
-from pockettune.errors import UserError
-from pockettune.redaction import RedactingFormatter
+from pockettune.common import disk
+from pockettune.common.errors import UserError
+from pockettune.common.redaction import RedactingFormatter
 
 logger = logging.getLogger("pockettune")
 

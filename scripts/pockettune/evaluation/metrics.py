@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pockettune.prompts import Example
+from pockettune.data.prompts import Example
 from pockettune.tasks import Task
 
 

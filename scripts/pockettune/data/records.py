@@ -9,8 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from pockettune.errors import UserError
-from pockettune.program import staged
+from pockettune.common.errors import UserError
+from pockettune.common.program import staged
 
 FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
 

@@ -6,8 +6,8 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pockettune.checksums import sha256
-from pockettune.errors import UserError, list_faults
+from pockettune.common.checksums import sha256
+from pockettune.common.errors import UserError, list_faults
 
 if TYPE_CHECKING:
     import torch

@@ -1,6 +1,6 @@
 """The one exception that stands for a user's mistake."""
 
-from pockettune.redaction import redact
+from pockettune.common.redaction import redact
 
 
 class UserError(Exception):

@@ -18,12 +18,15 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from pockettune import checkpoints, metrics, packing, program
-from pockettune.batching import group_by_tokens
-from pockettune.errors import DiskFullError, UserError
-from pockettune.prompts import Example
-from pockettune.scoring import score_answers
+from pockettune.common import program
+from pockettune.common.errors import DiskFullError, UserError
+from pockettune.data.prompts import Example
+from pockettune.evaluation import metrics
+from pockettune.evaluation.scoring import score_answers
+from pockettune.runtimes import packing
+from pockettune.runtimes.batching import group_by_tokens
 from pockettune.tasks import Task
+from pockettune.training import checkpoints
 
 Settings = Mapping[str, Any]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -20,8 +20,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from pockettune.batching import common_prefix, group_by_tokens
-from pockettune.errors import UserError
+from pockettune.common.errors import UserError
+from pockettune.runtimes.batching import common_prefix, group_by_tokens
 
 Tokens = Sequence[int]
 

@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from pockettune.llama import LlamaModel
-from pockettune.models import load_model
-from pockettune.packing import ATTENTION, next_token_logits
-from pockettune.parity import Result, make_result
+from pockettune.models.folder import load_model
+from pockettune.parity.stored import Result, make_result
+from pockettune.runtimes.llama import LlamaModel
+from pockettune.runtimes.packing import ATTENTION, next_token_logits
 
 Tokens = Sequence[int]
 
 # llama.cpp rounds keys, values and activations to FP16, PyTorch here computes in fp32. Measured over
 # the whole vocabulary: at most 0.0019 spreads (models of 2, 3 and 6 layers); two layers' matrices
-# swapped: 0.14 to 11.5. The rest is left to deeper models. Biases and norms: parity.check_tensors.
+# swapped: 0.14 to 11.5. The rest is left to deeper models. Biases and norms: stored.check_tensors.
 CONVERSION_BOUND = 0.05
 # Merged weights are rounded to FP16 once. Measured on the same models: at most 0.0007; the adapter
 # left out or added twice: 0.6 to 11.4.

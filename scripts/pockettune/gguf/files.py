@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from pockettune.errors import UserError
+from pockettune.common.errors import UserError
 
 EMBEDDING = "token_embd.weight"
 

@@ -13,11 +13,11 @@ import numpy as np
 from jinja2 import TemplateError
 from safetensors import safe_open
 
-from pockettune.errors import list_faults
-from pockettune.gguf_files import list_tensors, read_vectors
-from pockettune.llama import LlamaModel
-from pockettune.models import EMBEDDING, read_header, weight_files
-from pockettune.prompts import Example, encode, take_evenly
+from pockettune.common.errors import list_faults
+from pockettune.data.prompts import Example, encode, take_evenly
+from pockettune.gguf.files import list_tensors, read_vectors
+from pockettune.models.folder import EMBEDDING, read_header, weight_files
+from pockettune.runtimes.llama import LlamaModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

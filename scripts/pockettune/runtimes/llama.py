@@ -18,11 +18,11 @@ import llama_cpp
 import numpy as np
 from llama_cpp import _ggml
 
-from pockettune.batching import common_prefix, group_by_tokens
-from pockettune.errors import UserError
-from pockettune.gguf_files import REMEDY, read_gguf
-from pockettune.processor import check_processor
-from pockettune.program import logger
+from pockettune.common.errors import UserError
+from pockettune.common.program import logger
+from pockettune.gguf.files import REMEDY, read_gguf
+from pockettune.runtimes.batching import common_prefix, group_by_tokens
+from pockettune.runtimes.processor import check_processor
 
 PROMPTS_A_BATCH = 16
 TOKENS_A_BATCH = 2048

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from pockettune.errors import DiskFullError
+from pockettune.common.errors import DiskFullError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)  # no space left; a user's quota is used up
 FULL_IN_WORDS = re.compile("No space left on device|Not enough disk space")  # also: datasets

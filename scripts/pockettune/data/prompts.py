@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pockettune.errors import UserError
+from pockettune.common.errors import UserError
 from pockettune.tasks import Record, Task
 
 if TYPE_CHECKING:

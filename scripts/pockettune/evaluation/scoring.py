@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from pockettune.program import progress
+from pockettune.common.program import progress
 
 Tokens = Sequence[int]
 

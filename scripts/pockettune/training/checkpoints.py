@@ -13,8 +13,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from pockettune import program
-from pockettune.checksums import sha256
+from pockettune.common import program
+from pockettune.common.checksums import sha256
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,7 @@ from typing import Any
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
 
-from pockettune.errors import UserError, list_faults
+from pockettune.common.errors import UserError, list_faults
 
 Config = dict[str, Any]
 

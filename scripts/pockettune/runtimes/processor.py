@@ -7,7 +7,7 @@ from pathlib import Path
 
 import llama_cpp
 
-from pockettune.errors import UserError
+from pockettune.common.errors import UserError
 
 # What the library may have been compiled for, and the processor's name for it in /proc/cpuinfo.
 INSTRUCTIONS = {"avx": "avx", "avx2": "avx2", "f16c": "f16c", "fma": "fma", "bmi2": "bmi2", "avx_vnni": "avx_vnni",

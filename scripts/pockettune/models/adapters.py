@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pockettune.errors import UserError, list_faults
-from pockettune.models import read_header, weight_files
+from pockettune.common.errors import UserError, list_faults
+from pockettune.models.folder import read_header, weight_files
 
 if TYPE_CHECKING:
     import torch

@@ -11,11 +11,11 @@ from fnmatch import fnmatch
 from pathlib import Path, PureWindowsPath
 from typing import Literal
 
-from pockettune import disk
-from pockettune.checksums import git_blob_id, sha256
-from pockettune.errors import UserError, list_faults
-from pockettune.program import logger
-from pockettune.redaction import redact
+from pockettune.common import disk
+from pockettune.common.checksums import git_blob_id, sha256
+from pockettune.common.errors import UserError, list_faults
+from pockettune.common.program import logger
+from pockettune.common.redaction import redact
 
 Kind = Literal["model", "dataset"]
 

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from pockettune import metrics, program
-from pockettune.prompts import Example, Examples, take_evenly
-from pockettune.scoring import NextTokenLogits, Tokens, score_answers
-from pockettune.statistics import kl_divergence, normalise
+from pockettune.common import program
+from pockettune.data.prompts import Example, Examples, take_evenly
+from pockettune.evaluation import metrics
+from pockettune.evaluation.scoring import NextTokenLogits, Tokens, score_answers
+from pockettune.evaluation.statistics import kl_divergence, normalise
 from pockettune.tasks import load_task
 
 NOISE_ROWS = 32
@@ -40,9 +41,8 @@ def argument_parser(docstring: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--settings", type=json.loads, required=True, help="sections task, dataset, evaluate"
     )
-    parser.add_argument("--stage", required=True, help="name of the stage in the metrics")
     parser.add_argument("--tokens", type=Path, required=True, help="folder of tokenize_dataset.py")
-    parser.add_argument("--metrics", type=Path, required=True, help="JSON to write")
+    parser.add_argument("--metrics", type=Path, required=True, help="JSON to write, <stage>.json")
     parser.add_argument("--predictions", type=Path, required=True, help="parquet to write")
     return parser
 
@@ -73,7 +73,7 @@ def evaluate(arguments: argparse.Namespace, open_runtime: OpenRuntime) -> None:
                 observer.watch(runtime.next_token_logits),
                 runtime.prompts,
                 answers["ids"],
-                arguments.stage,
+                arguments.metrics.stem,
             )
         seconds = time.perf_counter() - started
         noise = measure_noise(runtime, answers["ids"], scores)
@@ -104,7 +104,7 @@ def write_stage(
     task = load_task(settings["task"], settings["dataset"])
     predictions = metrics.predict(examples, words, scores)
     result = {
-        "stage": arguments.stage,
+        "stage": arguments.metrics.stem,
         **metrics.score_predictions(task, predictions),
         "split": settings["evaluate"]["split"],
         **facts,
@@ -113,7 +113,10 @@ def write_stage(
         predictions.to_parquet(partial, index=False)
     program.write_json(arguments.metrics, result)
     program.logger.info(
-        "%s: accuracy %.1f %% of %d rows", arguments.stage, 100 * result["accuracy"], result["n"]
+        "%s: accuracy %.1f %% of %d rows",
+        arguments.metrics.stem,
+        100 * result["accuracy"],
+        result["n"],
     )
 
 

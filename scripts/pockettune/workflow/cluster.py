@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from pockettune.errors import UserError, list_faults
+from pockettune.common.errors import UserError, list_faults
 
 # Reasons for which every queue makes a job wait, and whose end needs no one.
 USUAL_REASONS = {"None", "Priority", "Resources", "Dependency", "BeginTime", "JobArrayTaskLimit", "Cleaning"}  # fmt: skip

@@ -1,0 +1,1 @@
+"""What every program stands on: starting and logging, writing whole files, errors, checksums."""

@@ -1,0 +1,1 @@
+"""Records, and the prompts that are made of them."""

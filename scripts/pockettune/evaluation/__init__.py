@@ -1,0 +1,1 @@
+"""Scores, statistics and plots of one stage and of many."""

@@ -1,0 +1,1 @@
+"""The gate: whether a GGUF file is the model that it was made of."""

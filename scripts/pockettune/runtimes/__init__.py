@@ -1,0 +1,1 @@
+"""What computes logits: PyTorch with packed sequences, llama.cpp."""
