@@ -89,7 +89,7 @@ def write_tokenizer(folder: Path) -> None:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
     from tokenizers import pre_tokenizers as pre
 
-    from make_demo_base import PATTERN
+    from generated import PATTERN
 
     fields = GGUFReader(CONVERTER / "models/ggml-vocab-qwen2.gguf").fields
     tokens = fields["tokenizer.ggml.tokens"].contents()
@@ -118,13 +118,13 @@ def make_data(rows: int) -> None:
 
     import pandas as pd
 
-    from make_demo_data import make_review
+    from generated import make_review
 
     source = random.Random(0)
     (WORK / "data").mkdir(parents=True, exist_ok=True)
     for split, count in (("train", rows), ("validation", 8), ("test", rows // 2)):
-        # Five reviews in a row are as long as one of ChnSentiCorp: about 70 tokens.
-        texts = ["".join(make_review(source, i % 2 == 0, True) for _ in range(5)) for i in range(count)]  # fmt: skip
+        # Three reviews in a row are as long as one of ChnSentiCorp: about 70 tokens.
+        texts = ["".join(make_review(source, i % 2 == 0) for _ in range(3)) for i in range(count)]  # fmt: skip
         table = pd.DataFrame({"text": texts, "label": [(i + 1) % 2 for i in range(count)]})
         table.to_csv(WORK / f"data/{split}.csv", index=False)
 

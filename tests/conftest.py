@@ -1,4 +1,4 @@
-"""Fixtures: a model small enough for every test, and one run of the demo for those that need all."""
+"""Fixtures: a model small enough for every test, and one small run of the DAG for those that need all."""
 
 import json
 import os
@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from small_run import write_run
+
 ROOT = Path(__file__).parent.parent
 CONVERTER = ROOT / "resources/llama.cpp-0.3.36"
 # What the converter is taken from.
 ARCHIVE = ROOT / "resources/downloads/llama_cpp_python-0.3.36.tar.gz"
-DEMO = ("--configfile", "runs/demo.yaml")
+SMALL = ("--configfile", "runs/small.yaml")  # see small_run.py
 
 # No test asks the real hub; one that means to reach a server starts it itself.
 os.environ |= {
@@ -77,7 +79,10 @@ def run_program(name: str, *arguments: str | Path) -> subprocess.CompletedProces
 
 
 def copy_checkout(target: Path) -> Path:
-    """Copy what git tracks or would track, with the converter and its archive: nothing is fetched."""
+    """Copy what git tracks or would track, with the converter and its archive: nothing is fetched.
+
+    With runs/small.yaml and its data, and nothing made of it.
+    """
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT, capture_output=True, text=True, check=True,
@@ -90,14 +95,15 @@ def copy_checkout(target: Path) -> Path:
     if ARCHIVE.exists():
         (target / "resources/downloads").mkdir()
         shutil.copyfile(ARCHIVE, target / "resources/downloads" / ARCHIVE.name)
+    write_run(target)
     return target
 
 
 @pytest.fixture(scope="session")
-def finished_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkout in which the demo has been run; minutes, once a session. Leave it as it was."""
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout in which the small run has been made, once a session. Leave it as it was."""
     folder = copy_checkout(tmp_path_factory.mktemp("checkout") / "pocket tune")
-    result = run_snakemake(folder, *DEMO)
+    result = run_snakemake(folder, *SMALL)
     assert result.returncode == 0, result.stdout[-5000:]
     return folder
 
@@ -110,17 +116,18 @@ SECRET = "hf_secretSecretSecretSecretSecret0123"
 
 
 @pytest.fixture(scope="session")
-def hostile_demo(finished_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkout in which a shorter demo was run, all its names and texts hostile; minutes.
+def hostile_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout in which a shorter run was made, all its names and texts hostile.
 
     A token stands in the environment. Leave the folder as it was, but for runs of your own.
     """
     folder = copy_checkout(tmp_path_factory.mktemp("hostile") / HOSTILE_FOLDER)
     data = folder / "外部 data"
-    base = Path(shutil.copytree(finished_demo / "resources/demo/base", data / f"模型 {HOSTILE}"))
+    data.mkdir()
+    base = (folder / "data/base").rename(data / f"模型 {HOSTILE}")
     files = {}
-    for split, rows in (("train", 400), ("validation", 50), ("test", 100)):
-        lines = (finished_demo / f"resources/demo/{split}.csv").read_text().splitlines()[: rows + 1]
+    for split, rows in (("train", 200), ("validation", 30), ("test", 60)):
+        lines = (folder / f"data/{split}.csv").read_text().splitlines()[: rows + 1]
         lines[1:3] = [
             '"<script>alert(1)</script> {{7*7}} $(touch pwned-4)",1',
             "=cmd|'/C calc'!A0,0",
@@ -138,7 +145,7 @@ def hostile_demo(finished_demo: Path, tmp_path_factory: pytest.TempPathFactory) 
             "labels": {"0": "差 '$(touch pwned-7)\"", "1": "<script>好</script>{y}"},
         },
         "tokenize": {"max_length": 256},
-        "train": {"learning_rate": 2e-3, "batch_size": 32, "epochs": 1, "eval_every": None},
+        "train": {"learning_rate": 5e-3, "batch_size": 32, "epochs": 1, "eval_every": None},
         "quantize": {"q8_0": None},
         "evaluate": {"limit": 40},
         "card": {"license": "mit\nx: $(touch pwned-8)"},
@@ -158,11 +165,11 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model of Qwen2's architecture with the tokenizer of a few sentences, 256 wide."""
     from transformers import Qwen2Config, Qwen2ForCausalLM, set_seed
 
-    from make_demo_base import train_tokenizer, write_tokenizer_config
+    from generated import train_tokenizer, write_tokenizer_config
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
     folder.mkdir()
-    tokenizer = train_tokenizer(["房间很干净，但是服务很差。", "正面", "负面", "情感："] * 3)
+    tokenizer = train_tokenizer(["房间很干净，但是服务很差。", "正面", "负面", "情感："] * 3, 512)
     tokenizer.save(str(folder / "tokenizer.json"))
     write_tokenizer_config(folder / "tokenizer_config.json")
     set_seed(0)

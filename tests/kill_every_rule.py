@@ -1,6 +1,6 @@
 """Kill snakemake and its jobs with SIGKILL in every rule, and see that nothing is lost.
 
-The demo is started again and again in a checkout of its own. Each time, a job that was not killed
+The small run is started again and again in a checkout of its own. Each time, a job that was not killed
 often enough is let run for a random share of its usual time, then everything dies at once, as when
 the machine loses power. After every kill the plan must hold just the jobs that had not finished.
 At the end the run is let finish, and what it made is compared with an undisturbed run's.
@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from comparison import differing_files
-from conftest import CONVERTER, DEMO, copy_checkout, kill_session, run_snakemake, start_snakemake
+from conftest import CONVERTER, SMALL, copy_checkout, kill_session, run_snakemake, start_snakemake
 
 JOB = re.compile(r"^(?:local)?rule (\w+):\n((?: +.*\n)+)", re.MULTILINE)
 
@@ -46,14 +46,14 @@ def finished_in(output: str) -> set[Job]:
 
 def planned(folder: Path) -> set[Job]:
     """Return the jobs that the next call would run."""
-    result = run_snakemake(folder, "--dry-run", *DEMO)
+    result = run_snakemake(folder, "--dry-run", *SMALL)
     assert result.returncode == 0, result.stdout[-3000:]
     return set(jobs_in(result.stdout).values())
 
 
 def usual_seconds(folder: Path) -> dict[Job, float]:
-    """Return how long each job took in a finished demo, from its benchmark files."""
-    files = sorted((folder / "results/demo/benchmarks").glob("*.tsv"))
+    """Return how long each job took in a finished run, from its benchmark files."""
+    files = sorted((folder / "results/small/benchmarks").glob("*.tsv"))
     return {file.stem: float(file.read_text().splitlines()[1].split("\t")[0]) for file in files}
 
 
@@ -72,7 +72,7 @@ class Victim:
 
     def __init__(self, folder: Path, output: Path) -> None:
         self.output = output
-        self.process = start_snakemake(folder, output, "--cores", "2", *DEMO)
+        self.process = start_snakemake(folder, output, "--cores", "2", *SMALL)
 
     def running(self) -> set[Job]:
         """Return the jobs that were announced and not said to be finished."""
@@ -123,7 +123,7 @@ def kill_in_turn(
         victim.kill(moment)
         finished |= finished_in(victim.output.read_text())
         hit = victim.running()
-        run_snakemake(folder, "--unlock", *DEMO)
+        run_snakemake(folder, "--unlock", *SMALL)
         plan = planned(folder)
         assert not plan & finished, (
             f"{job} hit at {moment:.2f} s: would be made again: {plan & finished}"
@@ -144,7 +144,7 @@ def leftovers(folder: Path) -> list[str]:
 
 
 def check(undisturbed: Path, folder: Path, rounds: int, seed: int) -> Counter[Job]:
-    """Run the demo under kills in `folder` and compare it with a finished demo; return the hits.
+    """Run it under kills in `folder` and compare it with a finished run; return the hits.
 
     Raises AssertionError where anything differs or was left behind.
     """
@@ -159,8 +159,8 @@ def check(undisturbed: Path, folder: Path, rounds: int, seed: int) -> Counter[Jo
             flush=True,
         )
     for part in (
-        "results/demo",
-        "resources/demo",
+        "results/small",
+        "data",
         "resources/models",
         f"resources/{CONVERTER.name}",
     ):
@@ -180,7 +180,7 @@ def main() -> None:
     print(f"seed {arguments.seed}")
     with tempfile.TemporaryDirectory() as folder:
         undisturbed = copy_checkout(Path(folder, "undisturbed"))
-        result = run_snakemake(undisturbed, *DEMO)
+        result = run_snakemake(undisturbed, *SMALL)
         assert result.returncode == 0, result.stdout[-3000:]
         hits = check(
             undisturbed, Path(folder, "killed", "checkout"), arguments.rounds, arguments.seed

@@ -11,8 +11,8 @@ from pockettune.workflow import cluster
 LOG = """
 [Tue Nov 24 10:54:11 2026]
 rule train:
-    output: results/demo/adapter
-    log: results/demo/logs/train.log
+    output: results/small/adapter
+    log: results/small/logs/train.log
 Job 0 has been submitted with SLURM jobid 21 (log: {folder}/21.log).
 Job 7 has been submitted with SLURM jobid 22 (log: {folder}/quantize/q4_k_m/22.log).
 [Tue Nov 24 10:54:11 2026]
@@ -69,8 +69,8 @@ def test_only_jobs_for_the_same_results_are_in_the_way(
     (logs / "a.log").write_text(LOG)
     queue_says(f"21|gpu|rule_train|None|{tmp_path}", monkeypatch, tmp_path)
     cluster.refuse_strays(tmp_path, "results")
-    with pytest.raises(UserError, match=r"results/demo: 21 \(train\).*`scancel 21`"):
-        cluster.refuse_strays(tmp_path, "results/demo")
+    with pytest.raises(UserError, match=r"results/small: 21 \(train\).*`scancel 21`"):
+        cluster.refuse_strays(tmp_path, "results/small")
 
 
 def test_without_squeue_nothing_is_in_the_way(

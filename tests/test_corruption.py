@@ -173,9 +173,9 @@ def arguments_of(program: str, gguf: Path, output: Path) -> list[str | Path]:
 # --- an adapter of another base, through the workflow ---
 
 
-def test_adapter_of_another_base(finished_demo: Path) -> None:
-    adapter = finished_demo / "foreign 适配器 $(touch pwned)"
-    shutil.copytree(finished_demo / "results/demo/adapter", adapter)
+def test_adapter_of_another_base(finished_run: Path) -> None:
+    adapter = finished_run / "foreign 适配器 $(touch pwned)"
+    shutil.copytree(finished_run / "results/small/adapter", adapter)
     config = json.loads((adapter / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = "Qwen/Qwen3-0.6B"
     (adapter / "adapter_config.json").write_text(json.dumps(config))
@@ -183,12 +183,12 @@ def test_adapter_of_another_base(finished_demo: Path) -> None:
     first = next(name for name in weights if "lora_A" in name)
     weights[first] = weights[first][:, :-1].clone()
     save_file(weights, adapter / "adapter_model.safetensors")
-    run = yaml.safe_load((finished_demo / "runs/demo.yaml").read_text())
+    run = yaml.safe_load((finished_run / "runs/small.yaml").read_text())
     run |= {"pathvars": {"results": "results/foreign"}, "train": {"adapter": adapter.name}}
-    (finished_demo / "runs/foreign.yaml").write_text(yaml.safe_dump(run, allow_unicode=True))
+    (finished_run / "runs/foreign.yaml").write_text(yaml.safe_dump(run, allow_unicode=True))
     try:
         result = run_snakemake(
-            finished_demo, "--configfile", "runs/foreign.yaml", "--", "results/foreign/merged"
+            finished_run, "--configfile", "runs/foreign.yaml", "--", "results/foreign/merged"
         )
     finally:
         shutil.rmtree(adapter)
@@ -197,8 +197,8 @@ def test_adapter_of_another_base(finished_demo: Path) -> None:
     assert line.startswith(f"error: train.adapter {adapter.name} does not fit base@")
     assert "it was trained on Qwen/Qwen3-0.6B" in line and "wide at its input, the base" in line
     assert "Traceback" not in result.stdout
-    assert not (finished_demo / "results/foreign/adapter").exists()
-    assert not list(finished_demo.rglob("pwned*"))
+    assert not (finished_run / "results/foreign/adapter").exists()
+    assert not list(finished_run.rglob("pwned*"))
 
 
 # --- the dataset ---

@@ -6,19 +6,19 @@ import time
 from pathlib import Path
 
 from comparison import differing_files
-from conftest import DEMO, copy_checkout, run_snakemake, start_snakemake
+from conftest import SMALL, copy_checkout, run_snakemake, start_snakemake
 from kill_every_rule import check, jobs_in
 
 
-def test_killed_in_every_rule(finished_demo: Path, tmp_path: Path) -> None:
+def test_killed_in_every_rule(finished_run: Path, tmp_path: Path) -> None:
     """Each job is aimed at once; tests/kill_every_rule.py does it several times."""
-    hits = check(finished_demo, tmp_path / "killed" / "checkout", rounds=1, seed=5)
+    hits = check(finished_run, tmp_path / "killed" / "checkout", rounds=1, seed=5)
     assert len(hits) >= 10, "some are quicker than the kill; most must be hit"
 
 
-def test_second_run_for_the_same_files_is_refused(finished_demo: Path, tmp_path: Path) -> None:
+def test_second_run_for_the_same_files_is_refused(finished_run: Path, tmp_path: Path) -> None:
     folder = copy_checkout(tmp_path / "checkout")
-    target = (*DEMO, "--", "results/demo/dataset/audit.json")
+    target = (*SMALL, "--", "results/small/dataset/audit.json")
     first = start_snakemake(folder, folder / "run.txt", "--cores", "1", *target)
     while not jobs_in((folder / "run.txt").read_text()):
         assert first.poll() is None
@@ -31,5 +31,5 @@ def test_second_run_for_the_same_files_is_refused(finished_demo: Path, tmp_path:
     assert "Traceback" not in second.stdout
     assert first.wait(timeout=120) == 0
     assert not differing_files(
-        folder / "results/demo/dataset", finished_demo / "results/demo/dataset"
+        folder / "results/small/dataset", finished_run / "results/small/dataset"
     )

@@ -305,20 +305,20 @@ def test_weights_with_a_name_that_snakemake_would_misread(tmp_path: Path) -> Non
 # --- the whole workflow, every name and text hostile ---
 
 
-def test_hostile_names_run_through_and_run_nothing(hostile_demo: Path) -> None:
-    results = hostile_demo / f"results/{HOSTILE}"
+def test_hostile_names_run_through_and_run_nothing(hostile_run: Path) -> None:
+    results = hostile_run / f"results/{HOSTILE}"
     metadata, tensors = read_gguf(results / "q4_k_m.gguf")
     assert tensors and metadata["general.base_model.0.name"] == f"模型 {HOSTILE}"
     assert "$(touch pwned-5)" in metadata["pockettune.task.prompt"]
     assert "$(touch pwned-7)" in metadata["pockettune.task.labels"][0]
-    assert not list(hostile_demo.rglob("pwned*"))
+    assert not list(hostile_run.rglob("pwned*"))
     assert not list(ROOT.glob("pwned*"))
     first = pd.read_json(results / "dataset/train.jsonl", lines=True)["text"][0]
     assert first == "<script>alert(1)</script> {{7*7}} $(touch pwned-4)"
 
 
-def test_hostile_text_is_text_in_page_and_card(hostile_demo: Path) -> None:
-    results = hostile_demo / f"results/{HOSTILE}"
+def test_hostile_text_is_text_in_page_and_card(hostile_run: Path) -> None:
+    results = hostile_run / f"results/{HOSTILE}"
     page = (results / "report.html").read_text()
     card = (results / "card.md").read_text()
     assert "<script" not in page and "<script" not in card

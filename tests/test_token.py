@@ -108,33 +108,33 @@ def test_words_that_are_no_secrets_stay(monkeypatch: pytest.MonkeyPatch) -> None
     assert redact(text) == text
 
 
-def test_nothing_below_the_checkout_holds_a_secret(hostile_demo: Path, hub: LoopbackHub) -> None:
-    """The demo was run with a token; now a failing and a succeeding fetch, then every file is read."""
+def test_nothing_below_the_checkout_holds_a_secret(hostile_run: Path, hub: LoopbackHub) -> None:
+    """It was run with a token; now a failing and a succeeding fetch, then every file is read."""
     run = {
         "pathvars": {"results": "results/token"},
         "model": {"name": NAME, "revision": COMMIT, "sha256": None},
         "dataset": {"name": NAME, "revision": COMMIT},
         "task": {"prompt": "{text}", "labels": {"0": "差", "1": "好"}, "system": ""},
     }
-    config = hostile_demo / "runs/token.yaml"
+    config = hostile_run / "runs/token.yaml"
 
     def run_with(endpoint: str) -> subprocess.CompletedProcess[str]:
         config.write_text(yaml.safe_dump(run | {"hub": {"endpoint": endpoint}}, allow_unicode=True))
-        return run_snakemake(hostile_demo, "--configfile", "runs/token.yaml", "--keep-going", "--",
+        return run_snakemake(hostile_run, "--configfile", "runs/token.yaml", "--keep-going", "--",
                              "results/token/tokens")  # fmt: skip
 
     Echo.refuse = 401
     failed = [run_with(endpoint) for endpoint in (hub.address, with_login(hub))]
     assert all(result.returncode != 0 for result in failed)
-    assert {"fetch_model", "fetch_dataset"} <= {p.stem for p in (hostile_demo / "results/token/logs").iterdir()}  # fmt: skip
+    assert {"fetch_model", "fetch_dataset"} <= {p.stem for p in (hostile_run / "results/token/logs").iterdir()}  # fmt: skip
     Echo.refuse = None
     done = run_with(hub.address)
     assert done.returncode == 0, done.stdout[-3000:]
     assert SECRET in Echo.heard and SECRETS[-1] in Echo.heard
     assert_clean("".join(result.stdout for result in (*failed, done)))
     config.unlink()  # there the user wrote the password
-    files = [path for path in hostile_demo.rglob("*") if path.is_file()
-             and not path.is_relative_to(hostile_demo / "tests")]  # fmt: skip
+    files = [path for path in hostile_run.rglob("*") if path.is_file()
+             and not path.is_relative_to(hostile_run / "tests")]  # fmt: skip
     assert {".log", ".html", ".md", ".gguf", ".json", ".arrow"} <= {path.suffix for path in files}
     assert any(".snakemake/metadata" in path.as_posix() for path in files)
     found = [path for path in files for secret in SECRETS if secret.encode() in path.read_bytes()]

@@ -1,4 +1,4 @@
-"""The demo, run once from an empty checkout, and what a change to it would rerun."""
+"""The small run, made once from an empty checkout, and what a change to it would rerun."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from conftest import DEMO, run_snakemake
+from conftest import SMALL, run_snakemake
 
 AFTER_EVALUATION = {"compare": 1, "report": 1, "all": 1}
 COMPARED_WITH_F16 = {"evaluate_f16": 1, "evaluate_adapter": 1, "evaluate_merged": 1, "evaluate_variant": 2}  # fmt: skip
@@ -29,7 +29,7 @@ FROM_DATASET = {"fetch_dataset": 1, **FROM_TOKENIZE}
 
 def planned(folder: Path, *arguments: str) -> dict[str, int]:
     """Return the jobs that a dry run plans, by rule."""
-    result = run_snakemake(folder, "--dry-run", *(arguments or DEMO))
+    result = run_snakemake(folder, "--dry-run", *(arguments or SMALL))
     assert result.returncode == 0, result.stdout[-3000:]
     if "Nothing to be done" in result.stdout:
         return {}
@@ -40,22 +40,22 @@ def planned(folder: Path, *arguments: str) -> dict[str, int]:
 
 
 @pytest.fixture
-def checkout(finished_demo: Path) -> Iterator[Path]:
-    """The finished demo, its text files put back afterwards."""
-    names = ["config.yaml", "runs/demo.yaml", "resources/demo/test.csv"]
-    paths = [finished_demo / n for n in names] + sorted((finished_demo / "scripts").rglob("*.py"))
+def checkout(finished_run: Path) -> Iterator[Path]:
+    """The finished run, its text files put back afterwards."""
+    names = ["config.yaml", "runs/small.yaml", "data/test.csv"]
+    paths = [finished_run / n for n in names] + sorted((finished_run / "scripts").rglob("*.py"))
     before = {path: path.read_bytes() for path in paths}
-    yield finished_demo
+    yield finished_run
     for path, content in before.items():
         if path.read_bytes() != content:
             path.write_bytes(content)
 
 
-# --- what the demo makes ---
+# --- what a run makes ---
 
 
-def test_demo_learns_and_keeps_what_it_learned(finished_demo: Path) -> None:
-    results = finished_demo / "results/demo"
+def test_run_learns_and_keeps_what_it_learned(finished_run: Path) -> None:
+    results = finished_run / "results/small"
     stages = json.loads((results / "metrics.json").read_text())["stages"]
     assert list(stages) == ["tfidf", "base", "adapter", "merged", "f16", "q4_k_m", "q8_0"]
     assert 0.35 < stages["base"]["accuracy"] < 0.65, "the base must not know the task"
@@ -73,8 +73,8 @@ def test_demo_learns_and_keeps_what_it_learned(finished_demo: Path) -> None:
     assert table.loc["q4_k_m", "unseen_accuracy"] == stages["q4_k_m"]["unseen"]["accuracy"]
 
 
-def test_f16_file_answers_as_the_merged_model(finished_demo: Path) -> None:
-    folder = finished_demo / "results/demo/predictions"
+def test_f16_file_answers_as_the_merged_model(finished_run: Path) -> None:
+    folder = finished_run / "results/small/predictions"
     merged, f16, q4_k_m = (pd.read_parquet(folder / f"{s}.parquet") for s in ("merged", "f16", "q4_k_m"))  # fmt: skip
     columns = [c for c in merged.columns if c.startswith("log_probability_")]
     assert (merged["prediction"] == f16["prediction"]).all()
@@ -83,33 +83,33 @@ def test_f16_file_answers_as_the_merged_model(finished_demo: Path) -> None:
     assert changed > 0.001, "a quantized file that computes the same was not quantized"
 
 
-def test_report_is_one_file_and_loads_nothing(finished_demo: Path) -> None:
-    page = (finished_demo / "results/demo/report.html").read_text(encoding="utf-8")
-    assert "demo" in re.search(r"<h1>(.*?)</h1>", page)[1]  # type: ignore[index]
+def test_report_is_one_file_and_loads_nothing(finished_run: Path) -> None:
+    page = (finished_run / "results/small/report.html").read_text(encoding="utf-8")
+    assert "Small run" in re.search(r"<h1>(.*?)</h1>", page)[1]  # type: ignore[index]
     assert page.count("<svg") == 3
     assert "<script" not in page
     assert not re.search(r"""(src|href)\s*=\s*["'](?!#)""", page)
     assert not re.search(r"""url\((?!#)""", page)
 
 
-def test_snakemakes_own_report(finished_demo: Path, tmp_path: Path) -> None:
+def test_snakemakes_own_report(finished_run: Path, tmp_path: Path) -> None:
     page = tmp_path / "snakemake.html"
-    result = run_snakemake(finished_demo, *DEMO, "--report", str(page))
+    result = run_snakemake(finished_run, *SMALL, "--report", str(page))
     assert result.returncode == 0, result.stdout[-2000:]
     text = page.read_text(encoding="utf-8")
     assert "metrics.csv" in text and "One row a stage" in text, "captions are in it"
 
 
 def test_text_of_a_review_cannot_become_part_of_the_page(
-    finished_demo: Path, tmp_path: Path
+    finished_run: Path, tmp_path: Path
 ) -> None:
     from write_report import gather, render
 
-    results = finished_demo / "results/demo"
+    results = finished_run / "results/small"
     evil = "<script>alert(1)</script>"
     flip = {"id": "test-1", "text": evil, "reference": "好", "f16": "好", "now": "差"}
     (tmp_path / "flips.json").write_text(json.dumps({"q8_0": [flip]}))
-    config = yaml.safe_load((finished_demo / "config.yaml").read_text())
+    config = yaml.safe_load((finished_run / "config.yaml").read_text())
     content = gather(
         Namespace(
             settings=config,
@@ -120,20 +120,20 @@ def test_text_of_a_review_cannot_become_part_of_the_page(
             audit=results / "dataset/audit.json",
             tokens=results / "tokens",
             adapter=results / "adapter",
-            base=next((finished_demo / "resources/models").glob("base@*")),
+            base=next((finished_run / "resources/models").glob("base@*")),
             benchmarks=sorted((results / "benchmarks").glob("*.tsv")),
         )
     )
-    page = render(finished_demo / "report/report.html.j2", content)
+    page = render(finished_run / "report/report.html.j2", content)
     assert evil not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
 
 
-def test_model_card_names_licence_language_and_numbers(finished_demo: Path) -> None:
-    card = (finished_demo / "results/demo/card.md").read_text(encoding="utf-8")
+def test_model_card_names_licence_language_and_numbers(finished_run: Path) -> None:
+    card = (finished_run / "results/small/card.md").read_text(encoding="utf-8")
     header = yaml.safe_load(card.split("---")[1])
     assert header["license"] == "mit" and header["language"] == ["zh"]
-    stages = json.loads((finished_demo / "results/demo/metrics.json").read_text())["stages"]
+    stages = json.loads((finished_run / "results/small/metrics.json").read_text())["stages"]
     assert f"{100 * stages['q4_k_m']['accuracy']:.1f} %" in card
     assert "{text}" in card and "正面" in card
 
@@ -150,8 +150,8 @@ def edit_config(change: Callable[[dict[str, Any]], object], file: str = "config.
     return edit
 
 
-def edit_demo(section: str, **values: Any):  # type: ignore[no-untyped-def]
-    return edit_config(lambda c: c.setdefault(section, {}).update(values), "runs/demo.yaml")
+def edit_run(section: str, **values: Any):  # type: ignore[no-untyped-def]
+    return edit_config(lambda c: c.setdefault(section, {}).update(values), "runs/small.yaml")
 
 
 def append(file: str, text: str) -> Callable[[Path], None]:
@@ -175,7 +175,7 @@ def reorder(folder: Path) -> None:
             return {key: turned(value[key]) for key in reversed(value)}
         return value
 
-    for file in ("config.yaml", "runs/demo.yaml"):
+    for file in ("config.yaml", "runs/small.yaml"):
         config = turned(yaml.safe_load((folder / file).read_text()))
         (folder / file).write_text(yaml.safe_dump(config, sort_keys=False, width=40))
 
@@ -186,31 +186,31 @@ def swap_rank_and_alpha(config: dict[str, Any]) -> None:
 
 
 def bring_adapter(folder: Path) -> None:
-    """Use the demo's own adapter as if it came from another trainer."""
+    """Use the run's own adapter as if it came from another trainer."""
     target = folder / "my adapter"
-    shutil.copytree(folder / "results/demo/adapter", target, dirs_exist_ok=True)
-    edit_demo("train", adapter="my adapter")(folder)
+    shutil.copytree(folder / "results/small/adapter", target, dirs_exist_ok=True)
+    edit_run("train", adapter="my adapter")(folder)
 
 
 REBUILDS: dict[str, tuple[Callable[[Path], object], dict[str, int]]] = {
     "nothing": (lambda folder: None, {}),
     "touching every file": (touch_everything, {}),
     "reordering and reformatting the config": (reorder, {}),
-    "hub.source": (edit_demo("hub", source="modelscope"), {}),
-    "hub.endpoint": (edit_demo("hub", endpoint="https://hf-mirror.com"), {}),
-    "model.name, idle beside a path": (edit_demo("model", name="a/b"), {}),
-    "report.title": (edit_demo("report", title="x"), {"report": 1, "all": 1}),
-    "evaluate.limit": (edit_demo("evaluate", limit=50), EVALUATION),
-    "another variant": (edit_demo("quantize", q4_0={"type": "Q4_0"}), ONE_VARIANT),
-    "one variant's recipe": (edit_demo("quantize", q8_0={"type": "Q6_K"}), ONE_VARIANT),
-    "card.license": (edit_demo("card", license="cc-by-4.0"), FROM_CONVERT),
-    "train.learning_rate": (edit_demo("train", learning_rate=1e-3), FROM_TRAIN),
+    "hub.source": (edit_run("hub", source="modelscope"), {}),
+    "hub.endpoint": (edit_run("hub", endpoint="https://hf-mirror.com"), {}),
+    "model.name, idle beside a path": (edit_run("model", name="a/b"), {}),
+    "report.title": (edit_run("report", title="x"), {"report": 1, "all": 1}),
+    "evaluate.limit": (edit_run("evaluate", limit=50), EVALUATION),
+    "another variant": (edit_run("quantize", q4_0={"type": "Q4_0"}), ONE_VARIANT),
+    "one variant's recipe": (edit_run("quantize", q8_0={"type": "Q6_K"}), ONE_VARIANT),
+    "card.license": (edit_run("card", license="cc-by-4.0"), FROM_CONVERT),
+    "train.learning_rate": (edit_run("train", learning_rate=1e-3), FROM_TRAIN),
     "train.adapter": (bring_adapter, {"import_adapter": 1, **FROM_MERGE}),
     "two values of train swapped": (edit_config(swap_rank_and_alpha), FROM_TRAIN),
-    "tokenize.max_length": (edit_demo("tokenize", max_length=64), FROM_TOKENIZE),
-    "task.prompt": (edit_demo("task", prompt="{text}"), FROM_TOKENIZE),
-    "dataset.label_column": (edit_demo("dataset", label_column="x"), FROM_DATASET),
-    "a row of the dataset": (append("resources/demo/test.csv", "很好,1\n"), FROM_DATASET),
+    "tokenize.max_length": (edit_run("tokenize", max_length=64), FROM_TOKENIZE),
+    "task.prompt": (edit_run("task", prompt="{text}"), FROM_TOKENIZE),
+    "dataset.label_column": (edit_run("dataset", label_column="x"), FROM_DATASET),
+    "a row of the dataset": (append("data/test.csv", "很好,1\n"), FROM_DATASET),
     "a line of merge_adapter.py": (append("scripts/merge_adapter.py", "# x\n"), FROM_MERGE),
     "a line of write_report.py": (append("scripts/write_report.py", "# x\n"), {"report": 1, "all": 1}),
     "a line of a module, gguf/files.py": (append("scripts/pockettune/gguf/files.py", "# x\n"), FROM_CONVERT),
@@ -239,8 +239,8 @@ def test_readme_states_the_same_table() -> None:
 
 
 def fail(folder: Path, config: dict[str, Any]) -> str:
-    """Run with `config` laid over the demo; return the one line that says what is wrong."""
-    run = yaml.safe_load((folder / "runs/demo.yaml").read_text())
+    """Run with `config` laid over the run; return the one line that says what is wrong."""
+    run = yaml.safe_load((folder / "runs/small.yaml").read_text())
     for section, values in config.items():
         run.setdefault(section, {}).update(values)
     run["pathvars"] = {"results": "results/bad"}
@@ -285,7 +285,7 @@ def test_unknown_label(checkout: Path) -> None:
 def test_truncated_weights(checkout: Path) -> None:
     model = checkout / "bad model 模型"
     model.mkdir(exist_ok=True)
-    for path in (checkout / "resources/demo/base").iterdir():
+    for path in (checkout / "data/base").iterdir():
         (model / path.name).write_bytes(path.read_bytes())
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import yaml
 
-from conftest import DEMO, kill_session, start_snakemake
+from conftest import SMALL, kill_session, start_snakemake
 
 # The job step's own snakemake drops SLURM_CONF, so srun finds another cluster's file or this one.
 CONFIG_FOLDER = Path("/etc/slurm")
@@ -178,7 +178,7 @@ class Run:
     def __init__(self, checkout: Path, *arguments: str) -> None:
         self.output = checkout / "run.txt"
         self.process = start_snakemake(
-            checkout, self.output, "--profile", "profiles/test", *DEMO, *arguments
+            checkout, self.output, "--profile", "profiles/test", *SMALL, *arguments
         )
 
     def text(self) -> str:
@@ -218,7 +218,7 @@ def write_profile(folder: Path) -> None:
     profile["slurm-status-command"] = "squeue"
     profile["slurm-init-seconds-before-status-checks"] = 2
     profile["slurm-keep-successful-logs"] = True
-    four = ("make_demo_base", "train", "evaluate_base", "evaluate_adapter", "evaluate_merged",
+    four = ("train", "evaluate_base", "evaluate_adapter", "evaluate_merged",
             "evaluate_f16", "evaluate_variant", "check_parity", "quantize", "measure_speed")  # fmt: skip
     profile["set-threads"] = dict.fromkeys(four, 2)
     (folder / "profiles/test").mkdir()

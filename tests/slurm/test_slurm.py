@@ -1,4 +1,4 @@
-"""The demo through a real SLURM, and what it says and does when things go wrong there."""
+"""A run through a real SLURM, and what it says and does when things go wrong there."""
 
 import json
 import re
@@ -14,11 +14,11 @@ import yaml
 
 from cluster import Cluster, Run, query, unavailable, wait_until, write_profile
 from comparison import differing_files
-from conftest import DEMO, copy_checkout, run_snakemake
+from conftest import SMALL, copy_checkout, run_snakemake
 
 LOCAL = {"fetch_model", "fetch_dataset", "fetch_converter", "compare", "report", "all"}
-ADAPTER = "results/demo/adapter"
-LOG = "results/demo/logs/train.log"
+ADAPTER = "results/small/adapter"
+LOG = "results/small/logs/train.log"
 
 
 @pytest.fixture(scope="session")
@@ -36,12 +36,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def checkout(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkout in which the demo was run through SLURM, from nothing."""
+    """A checkout in which the run was made through SLURM, from nothing."""
     folder = copy_checkout(tmp_path_factory.mktemp("cluster") / "pocket tune")
     write_profile(folder)
     run = Run(folder)
     assert run.finish(seconds=1500) == 0, run.text()[-5000:]
-    (folder / "run.txt").rename(folder / "demo.txt")
+    (folder / "run.txt").rename(folder / "whole.txt")
     return folder
 
 
@@ -64,7 +64,7 @@ def train(checkout: Path, cluster: Cluster) -> Iterator[Callable[..., Run]]:
             run.kill()
     subprocess.run(["scancel", "--user=root"], check=False)
     wait_until(lambda: not cluster.jobs("RUNNING", "COMPLETING"), 60, "the jobs to end")
-    run_snakemake(checkout, "--unlock", *DEMO)
+    run_snakemake(checkout, "--unlock", *SMALL)
 
 
 def wait_for_updates(cluster: Cluster, checkout: Path) -> str:
@@ -89,11 +89,11 @@ def resumed(checkout: Path) -> int:
     return json.loads((checkout / ADAPTER / "training.json").read_text())["resumed"]
 
 
-# --- the demo ---
+# --- the whole run ---
 
 
 def test_each_job_ran_where_it_belongs(checkout: Path, cluster: Cluster) -> None:
-    output = (checkout / "demo.txt").read_text()
+    output = (checkout / "whole.txt").read_text()
     local = set(re.findall(r"^localrule (\w+):", output, re.MULTILINE))
     assert local == LOCAL
     rules = {number: rule for number, rule, _ in cluster.jobs()}
@@ -106,8 +106,8 @@ def test_each_job_ran_where_it_belongs(checkout: Path, cluster: Cluster) -> None
     assert {gpu for rule, gpu in gpus if rule != "train"} == {"none"}
 
 
-def test_cluster_makes_what_this_machine_makes(checkout: Path, finished_demo: Path) -> None:
-    assert differing_files(checkout / "results/demo", finished_demo / "results/demo") == []
+def test_cluster_makes_what_this_machine_makes(checkout: Path, finished_run: Path) -> None:
+    assert differing_files(checkout / "results/small", finished_run / "results/small") == []
 
 
 def test_training_finds_a_gpu_and_stays_off_the_network(
@@ -223,12 +223,12 @@ def test_killed_snakemake_leaves_a_job_that_is_named(
     run.kill()
     assert train().finish() == 1
     assert "--unlock" in (checkout / "run.txt").read_text()
-    run_snakemake(checkout, "--unlock", *DEMO)
+    run_snakemake(checkout, "--unlock", *SMALL)
     run = train()
     assert run.finish() == 2
     (message,) = run.messages()
     assert (
-        f"SLURM still has jobs of an earlier snakemake for results/demo: {number} (train)"
+        f"SLURM still has jobs of an earlier snakemake for results/small: {number} (train)"
         in message
     )
     assert query("squeue", "--noheader", "--states=RUNNING", "--format=%i").split() == [number]

