@@ -20,6 +20,7 @@ from pockettune.workflow.config import (
     check_config,
     check_files,
     drop_idle,
+    is_gguf,
     set_environment,
 )
 from pockettune.common.errors import UserError
@@ -34,7 +35,8 @@ def user_files():
     files = {
         f"dataset.files.{k}": v for k, v in (config["dataset"]["files"] or {}).items()
     }
-    files["model.path"] = config["model"]["path"]
+    for key in ("path", "chat_template"):
+        files[f"model.{key}"] = config["model"][key]
     files["train.adapter"] = config["train"]["adapter"]
     return {
         key: path
@@ -58,6 +60,7 @@ except UserError as error:
 drop_idle(config)
 set_environment(config["hub"])
 OWN_ADAPTER = config["train"]["adapter"]
+GGUF_BASE = is_gguf(config["model"]["path"])
 VARIANTS = sorted(config["quantize"])
 STAGES = ["tfidf", "base", "adapter", "merged", "f16", *VARIANTS]
 SPLIT = config["evaluate"]["split"]
@@ -138,7 +141,8 @@ def command(options):
 
 def model_label():
     """Return a short name of the base model."""
-    return Path(config["model"]["path"] or config["model"]["name"]).name
+    path = Path(config["model"]["path"] or config["model"]["name"])
+    return path.stem if GGUF_BASE else path.name
 
 
 def base_model():
@@ -154,6 +158,9 @@ def base_model():
 
 def model_files():
     """Return the files of a local base model whose content decides whether it is copied again."""
+    if GGUF_BASE:
+        own = (config["model"]["path"], config["model"]["chat_template"])
+        return [path for path in own if path]
     if not config["model"]["path"]:
         return []
     folder = Path(config["model"]["path"])

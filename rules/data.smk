@@ -3,27 +3,54 @@
 
 
 localrules:
-    fetch_model,
     fetch_dataset,
     fetch_converter,
 
 
-rule fetch_model:
-    input:
-        **program("fetch_model"),
-        source=model_files(),
-    output:
-        model=directory(BASE_MODEL),
-    log:
-        "<results>/logs/fetch_model.log",
-    benchmark:
-        "<results>/benchmarks/fetch_model.tsv"
-    conda:
-        "../envs/data.yaml"
-    params:
-        settings=settings("model"),
-    shell:
-        command("params.settings downloads=resources/downloads output=output.model")
+if GGUF_BASE:
+
+    rule import_gguf:
+        input:
+            **program("import_gguf"),
+            source=model_files(),
+        output:
+            model=directory(BASE_MODEL),
+        log:
+            "<results>/logs/import_gguf.log",
+        benchmark:
+            "<results>/benchmarks/import_gguf.tsv"
+        conda:
+            "../envs/llama_cpp.yaml"
+        threads: 4
+        resources:
+            mem_mb=memory(8000),
+            runtime="1h",
+        params:
+            settings=settings("model"),
+        shell:
+            command("params.settings threads output=output.model")
+
+else:
+
+    localrules:
+        fetch_model,
+
+    rule fetch_model:
+        input:
+            **program("fetch_model"),
+            source=model_files(),
+        output:
+            model=directory(BASE_MODEL),
+        log:
+            "<results>/logs/fetch_model.log",
+        benchmark:
+            "<results>/benchmarks/fetch_model.tsv"
+        conda:
+            "../envs/data.yaml"
+        params:
+            settings=settings("model"),
+        shell:
+            command("params.settings downloads=resources/downloads output=output.model")
 
 
 rule fetch_dataset:

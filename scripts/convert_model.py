@@ -73,7 +73,7 @@ def lineage(settings: Mapping[str, Any]) -> Any:
 
     model, dataset, card = (settings[section] for section in ("model", "dataset", "card"))
     base = model["path"] or model["name"]
-    base_model = {"name": Path(base).name}
+    base_model = {"name": Path(base).name.removesuffix(".gguf")}
     if model["name"]:
         base_model |= {
             "organization": base.split("/")[0],

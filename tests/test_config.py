@@ -107,7 +107,8 @@ def test_keys_that_another_makes_idle_do_not_count() -> None:
     config = copy.deepcopy(CONFIG)
     config["model"]["path"] = "my/model"
     drop_idle(config)
-    assert config["model"] == {"name": None, "revision": None, "sha256": None, "path": "my/model"}
+    idle = {"name": None, "revision": None, "sha256": None}
+    assert config["model"] == {**idle, "path": "my/model", "chat_template": None}
     assert config["dataset"]["split"] is None
     assert config["dataset"]["name"] == CONFIG["dataset"]["name"]
 

@@ -96,15 +96,16 @@ class _Cursor:
         return texts
 
 
-def read_gguf(path: Path) -> tuple[dict[str, Any], list[Tensor]]:
+def read_gguf(path: Path, remedy: str = REMEDY) -> tuple[dict[str, Any], list[Tensor]]:
     """Return a GGUF file's metadata and its tensors.
 
-    Raises UserError where the file is no GGUF of version 2 or 3, or its end is missing. That costs
-    no time; a GGUF file has no checksum, so a changed weight is not noticed.
+    Raises UserError where the file is no GGUF of version 2 or 3, or its end is missing; `remedy` is
+    what to do about that. It costs no time; a GGUF file has no checksum, so a changed weight is not
+    noticed.
     """
     size = path.stat().st_size
     if size == 0:
-        raise UserError(f"{path} is empty; {REMEDY}")
+        raise UserError(f"{path} is empty; {remedy}")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         cursor = _Cursor(data)
         try:
@@ -127,10 +128,10 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], list[Tensor]]:
         # A byte of the header may have become any type, length or alignment.
         except (struct.error, KeyError, ValueError, TypeError, ArithmeticError) as error:
             raise UserError(
-                f"{path} is truncated or damaged: its header cannot be read; {REMEDY}"
+                f"{path} is truncated or damaged: its header cannot be read; {remedy}"
             ) from error
     if size < end:
-        raise UserError(f"{path} is truncated: {size:,} of {end:,} bytes; {REMEDY}")
+        raise UserError(f"{path} is truncated: {size:,} of {end:,} bytes; {remedy}")
     return metadata, tensors
 
 

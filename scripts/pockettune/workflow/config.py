@@ -45,6 +45,11 @@ def check_config(config: Config, schema: dict[str, Any]) -> None:
         raise UserError(f"config: {list_faults(faults)}")
 
 
+def is_gguf(path: str | None) -> bool:
+    """Whether a model's path names a GGUF file and not a folder."""
+    return bool(path) and str(path).lower().endswith(".gguf")
+
+
 def check_files(paths: dict[str, str]) -> None:
     """Raise UserError naming every key of `paths` whose file or folder is missing.
 
@@ -54,6 +59,12 @@ def check_files(paths: dict[str, str]) -> None:
     if missing:
         raise UserError(
             f"config: no such file: {list_faults(missing)}; paths count from the folder of the Snakefile"
+        )
+    path = paths.get("model.path")
+    if path and Path(path).is_dir() == is_gguf(path):
+        kind = "a folder" if is_gguf(path) else "a file whose name does not end in .gguf"
+        raise UserError(
+            f"config: model.path {path} is {kind}: it must be a model's folder or a .gguf file; rename it"
         )
     weights = {f"{key}, weights": file.name for key, path in paths.items()
                for file in Path(path).glob("*.safetensors")}  # fmt: skip
@@ -137,10 +148,16 @@ def _contradictions(config: Config) -> Iterator[str]:
         {
             **files,
             "model.path": config["model"]["path"],
+            "model.chat_template": config["model"]["chat_template"],
             "train.adapter": config["train"]["adapter"],
             "pathvars.results": config.get("pathvars", {}).get("results"),
         }
     )
+    if config["model"]["chat_template"] and not is_gguf(config["model"]["path"]):
+        yield (
+            "model.chat_template is for a .gguf file of model.path alone; a model's folder holds"
+            " its own, chat_template.jinja"
+        )
     words = list(config["task"]["labels"].values())
     if len(set(words)) < len(words):
         yield f"task.labels answers the same word for two values: {', '.join(words)}"
