@@ -11,9 +11,12 @@ endif
 # cores instead of eight. Where that fails, the plain build follows.
 QUICK_BUILD = -DLLAVA_BUILD=OFF -DCMAKE_UNITY_BUILD=ON \
 	-DCMAKE_PROJECT_llama.cpp_INCLUDE='$(CURDIR)/envs/llama_cpp.cmake'
+LLAMA = $(shell sed -n 's/^\(llama-cpp-python==[^ ]*\).*/\1/p' requirements.txt)
 # With flags of your own pip must not take a llama-cpp-python from its cache that was built without them.
-INSTALL = $(BIN)/python -m pip install --quiet $(if $(CMAKE_ARGS),--no-cache-dir) \
-	--requirement requirements.txt --constraint constraints.txt
+BUILD = $(BIN)/python -m pip wheel --quiet --no-deps $(if $(CMAKE_ARGS),--no-cache-dir) \
+	--wheel-dir .venv/wheels '$(LLAMA)'
+# Modules are compiled when they are first imported: most never are.
+INSTALL = $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 
 .PHONY: setup demo test test-slurm test-kills lint bench bench-train clean clean-scratch
 
@@ -23,9 +26,20 @@ setup: .venv/installed
 	$(PYTHON) -c 'import sys; sys.exit("error: Python %d.%d is too old: 3.11 or newer is needed (make PYTHON=python3.12 setup)" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	CMAKE_ARGS="$(CMAKE_ARGS) $(QUICK_BUILD)" $(INSTALL) || $(INSTALL)
+	$(MAKE) --jobs=2 .venv/llama_cpp .venv/packages
+	$(INSTALL) .venv/wheels/*.whl
 	$(BIN)/snakemake --cores 1 --quiet all --configfile runs/demo.yaml -- fetch_converter
 	touch $@
+
+# Side by side: one computes, the other waits for the network.
+.PHONY: .venv/llama_cpp .venv/packages
+.venv/llama_cpp:
+	rm -rf .venv/wheels
+	CMAKE_ARGS="$(CMAKE_ARGS) $(QUICK_BUILD)" $(BUILD) || $(BUILD)
+
+.venv/packages:
+	grep -v '^llama-cpp-python' requirements.txt > .venv/requirements.txt
+	$(INSTALL) --requirement .venv/requirements.txt
 
 demo: setup
 	$(BIN)/snakemake --cores all --configfile runs/demo.yaml

@@ -16,8 +16,8 @@ from pockettune.common import program
 def describe_stages(stages: dict[str, dict[str, Any]]) -> list[str]:
     """Return a table with a row a stage."""
     lines = [
-        "| stage | size, MB | accuracy, % | 95 % interval | not in train, % | answers changed against F16 |",
-        "|---|---|---|---|---|---|",
+        "| stage | size, MB | rows | accuracy, % | 95 % interval | not in train, % | answers changed against F16 |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, entry in stages.items():
         size = f"{entry['size_bytes'] / 1e6:.1f}" if entry["size_bytes"] else "–"
@@ -25,7 +25,7 @@ def describe_stages(stages: dict[str, dict[str, Any]]) -> list[str]:
         low, high = (100 * bound for bound in entry["interval"])
         flips = entry["against_f16"]["flips"] if "against_f16" in entry else "–"
         lines.append(
-            f"| {name} | {size} | {100 * entry['accuracy']:.1f} | {low:.1f} to {high:.1f} |"
+            f"| {name} | {size} | {entry['n']:,} | {100 * entry['accuracy']:.1f} | {low:.1f} to {high:.1f} |"
             f" {unseen:.1f} | {flips} |"
         )
     return lines

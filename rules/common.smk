@@ -89,6 +89,17 @@ def dataset_settings(wildcards):
     return json.dumps(chosen, sort_keys=True, ensure_ascii=False)
 
 
+def evaluation_settings(wildcards):
+    """Return what decides the scores of a file, which is scored on all rows that are asked for."""
+    chosen = {section: config[section] for section in ("task", "dataset", "evaluate")}
+    rows = {
+        key: value
+        for key, value in config["evaluate"].items()
+        if key != "pytorch_limit"
+    }
+    return json.dumps({**chosen, "evaluate": rows}, sort_keys=True, ensure_ascii=False)
+
+
 def report_settings(wildcards):
     """Return all that decided a result; where the files were fetched from did not."""
     chosen = {

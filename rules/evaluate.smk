@@ -25,7 +25,7 @@ rule evaluate_tfidf:
         mem_mb=memory(4000),
         runtime="1h",
     params:
-        settings=settings("task", "dataset", "evaluate"),
+        settings=evaluation_settings,
     shell:
         command(
             "params.settings input.tokens input.train input.split"
@@ -116,7 +116,7 @@ rule evaluate_f16:
         mem_mb=memory(4000),
         runtime="2h",
     params:
-        settings=settings("task", "dataset", "evaluate"),
+        settings=evaluation_settings,
     shell:
         command(
             "params.settings input.model input.tokens input.reference threads"

@@ -3,8 +3,8 @@
 Input   metrics JSON and predictions parquet of every stage, in the order of the DAG
 Output  metrics.json: {"stages": {stage: {n, accuracy, macro_f1, unseen, size_bytes, …}}}, with
         interval: of the accuracy; calibration_error; against_before, against_f16, against_tfidf:
-        rows lost and gained, McNemar's p, difference of accuracy and its interval, on all rows and on
-        unseen ones; kl_labels: from F16, over the allowed answers
+        rows lost and gained, McNemar's p, difference of accuracy and its interval, on the rows that
+        both were scored on, all and unseen; kl_labels: from F16, over the allowed answers
         flips.json: the rows whose answer a file changed against F16
         metrics.csv: a row a stage, the numbers that fit one
 """
@@ -53,9 +53,8 @@ def compare_stages(
             if other in predictions and other != name:
                 entry[key] = pair(predictions[other], table)
         if REFERENCE in predictions and name not in (REFERENCE, BASELINE):
-            divergence = kl_divergence(
-                label_probabilities(predictions[REFERENCE]), label_probabilities(table)
-            )
+            reference, scored = common_rows(predictions[REFERENCE], table)
+            divergence = kl_divergence(label_probabilities(reference), label_probabilities(scored))
             entry["kl_labels"] = describe_divergence(divergence)
         stages[name] = entry
     return {"stages": stages}
@@ -74,16 +73,30 @@ def check_rows(predictions: dict[str, pd.DataFrame], answers: dict[str, str]) ->
 
 def pair(before: pd.DataFrame, after: pd.DataFrame) -> dict[str, Any]:
     """Compare two stages' answers to the same rows, and to those that do not stand in train."""
-    if before["id"].tolist() != after["id"].tolist():
-        raise UserError(f"two stages were scored on different rows; {REMEDY}")
+    before, after = common_rows(before, after)
     unseen = ~after["seen"].to_numpy()
     return {
+        "n": len(after),
         "flips": int((before["prediction"] != after["prediction"]).sum()),
         **compare_paired(is_right(before), is_right(after)),
         "unseen": compare_paired(is_right(before)[unseen], is_right(after)[unseen])
         if unseen.any()
         else None,
     }
+
+
+def common_rows(first: pd.DataFrame, second: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the rows of both that have the same ids, in order.
+
+    Raises UserError where neither stage's rows hold the other's: then one is of another scoring.
+    """
+    fewer, more = sorted((set(first["id"]), set(second["id"])), key=len)
+    if not fewer or not fewer <= more:
+        raise UserError(f"two stages were scored on different rows; {REMEDY}")
+    common = [t[t["id"].isin(fewer)].reset_index(drop=True) for t in (first, second)]
+    if common[0]["id"].tolist() != common[1]["id"].tolist():
+        raise UserError(f"two stages were scored in different orders; {REMEDY}")
+    return common[0], common[1]
 
 
 def is_right(table: pd.DataFrame) -> np.ndarray:
@@ -110,6 +123,7 @@ def list_flips(
     flips = {}
     f16 = predictions[REFERENCE]
     for name, table in list(predictions.items())[list(predictions).index(REFERENCE) + 1 :]:
+        assert len(table) == len(f16), "files are all scored on the same rows"
         changed = np.flatnonzero(f16["prediction"] != table["prediction"])
         flips[name] = [
             {

@@ -29,9 +29,10 @@ def gather(arguments: argparse.Namespace) -> dict[str, Any]:
     settings = arguments.settings
     stages = program.read_json(arguments.metrics)["stages"]
     training = program.read_json(arguments.adapter / "training.json")
+    audit = program.read_json(arguments.audit)
     return {
         "title": settings["report"]["title"],
-        "verdict": write_verdict(stages),
+        "verdict": write_verdict(stages, training, audit),
         "stages": stages,
         "split": settings["evaluate"]["split"],
         "plots": {
@@ -44,7 +45,7 @@ def gather(arguments: argparse.Namespace) -> dict[str, Any]:
         "parity": program.read_json(arguments.parity),
         "speed": {path.stem: program.read_json(path) for path in arguments.speed},
         "training": training,
-        "audit": program.read_json(arguments.audit),
+        "audit": audit,
         "tokens": program.read_json(arguments.tokens / "statistics.json"),
         "jobs": read_benchmarks(arguments.benchmarks),
         "source": program.read_json(arguments.base / "source.json"),
@@ -69,8 +70,13 @@ def render(template: Path, content: Mapping[str, Any]) -> str:
     return environment.get_template(template.name).render(content)
 
 
-def write_verdict(stages: Mapping[str, Any]) -> str:
-    """Return the page's first sentences: what the smallest file knows, weighs, lost, and is worth."""
+def write_verdict(
+    stages: Mapping[str, Any], training: Mapping[str, Any], audit: Mapping[str, Any]
+) -> str:
+    """Return the page's first sentences: what was learned from how many rows, and what it is worth.
+
+    Then what the smallest file weighs, and what it lost against the 16-bit one.
+    """
     files = {name: entry for name, entry in stages.items() if "stored" in entry and name != "f16"}
     name = min(files, key=lambda n: files[n]["size_bytes"])
     small, full = stages[name], stages["f16"]
@@ -87,19 +93,28 @@ def write_verdict(stages: Mapping[str, Any]) -> str:
         if 0 < unseen["n"] < small["n"]
         else ""
     )
+    rows = audit["splits"]["train"]["rows"]
+    learned = (
+        f"With an adapter from {training['imported_from']}, the model"
+        if "imported_from" in training
+        else f"Having learned from {count(rows, 'labelled row')}, the model"
+    )
+    base = stages["base"]
     return (
-        f"The smallest file, {name}, answers {percent(small['accuracy'])} of {small['n']:,} rows"
-        f" rightly{aside} at {megabytes(small['size_bytes'])} instead of"
-        f" {megabytes(full['size_bytes'])}: {change}, {count(paired['flips'], 'answer')} changed."
-        f" The base model alone answers {percent(stages['base']['accuracy'])}."
-        f" {write_worth(small['against_tfidf'], stages['tfidf'])}"
+        f"{learned} answers {percent(small['accuracy'])} of {small['n']:,} rows rightly{aside};"
+        f" before, it answered {percent(base['accuracy'])}"
+        f"{'' if base['n'] == small['n'] else ' of ' + format(base['n'], ',')}."
+        f" {write_worth(small['against_tfidf'], stages['tfidf'], rows)}"
+        f" That is the smallest file, {name}: {megabytes(small['size_bytes'])} instead of"
+        f" {megabytes(full['size_bytes'])}, {change}, {count(paired['flips'], 'answer')} changed."
     )
 
 
-def write_worth(paired: Mapping[str, Any], baseline: Mapping[str, Any]) -> str:
+def write_worth(paired: Mapping[str, Any], baseline: Mapping[str, Any], rows: int) -> str:
     """Return whether the model is worth its weight, against counting characters."""
     told = (
         f"Counting characters (TF-IDF, no language model) reaches {percent(baseline['accuracy'])}"
+        f" with {count(rows, 'row')}"
     )
     low, high = paired["interval"]
     if low > 0:
@@ -150,7 +165,7 @@ def duration(seconds: float) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    return f"{number} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def main() -> None:

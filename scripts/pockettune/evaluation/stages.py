@@ -65,10 +65,12 @@ def run(docstring: str | None, open_runtime: OpenRuntime, options: Iterable[str]
 def evaluate(arguments: argparse.Namespace, open_runtime: OpenRuntime) -> None:
     """Score the rows that `evaluate:` names and write the stage's files."""
     answers = program.read_json(arguments.tokens / "answers.json")
-    examples = read_rows(arguments)
+    rows = read_rows(arguments)
+    places = take_evenly(range(len(rows)), arguments.settings["evaluate"].get("pytorch_limit"))
+    examples = [rows[place] for place in places]
     started = time.perf_counter()
     with open_runtime(arguments, examples) as runtime:
-        with open_observer(arguments, len(examples), runtime.vocabulary_size) as observer:
+        with open_observer(arguments, places, runtime.vocabulary_size) as observer:
             scores = score_answers(
                 observer.watch(runtime.next_token_logits),
                 runtime.prompts,
@@ -156,15 +158,19 @@ class Recorder(Observer):
 
 
 class Divergence(Observer):
-    """Compares with what F16 answered: KL(F16 || this stage) over the whole vocabulary, in nats."""
+    """Compares with what F16 answered: KL(F16 || this stage) over the whole vocabulary, in nats.
 
-    def __init__(self, reference: np.ndarray) -> None:
-        self.reference = reference
-        self.values = np.zeros(len(reference))
+    `places` are those of the scored rows among F16's.
+    """
+
+    def __init__(self, reference: np.ndarray, places: Sequence[int]) -> None:
+        self.reference, self.places = reference, places
+        self.values = np.zeros(len(places))
 
     def see(self, row: int, logits: np.ndarray) -> None:
         # Renormalised: the reference was rounded to 16 bits when it was kept.
-        self.values[row] = kl_divergence(normalise(self.reference[row]), normalise(logits))
+        expected = normalise(self.reference[self.places[row]])
+        self.values[row] = kl_divergence(expected, normalise(logits))
 
     def describe(self) -> dict[str, Any]:
         return {"kl_vocabulary": describe_divergence(self.values)}
@@ -176,13 +182,13 @@ def describe_divergence(values: np.ndarray) -> dict[str, float]:
 
 
 def open_observer(
-    arguments: argparse.Namespace, rows: int, vocabulary: int
+    arguments: argparse.Namespace, places: Sequence[int], vocabulary: int
 ) -> AbstractContextManager[Observer]:
     """Return what the arguments ask to be done with the logits at the answer position."""
     if arguments.write_reference:
-        return record(arguments.write_reference, (rows, vocabulary))
+        return record(arguments.write_reference, (len(places), vocabulary))
     if arguments.reference:
-        return nullcontext(Divergence(np.load(arguments.reference, mmap_mode="r")))
+        return nullcontext(Divergence(np.load(arguments.reference, mmap_mode="r"), places))
     return nullcontext(Observer())
 
 
