@@ -1,4 +1,4 @@
-# setup | demo | test | test-slurm | test-kills | lint | bench | bench-train | clean | clean-scratch.
+# setup | doctor | demo | test | test-slurm | test-kills | lint | bench | bench-train | clean | clean-scratch.
 # The README gives the first three in plain commands too.
 
 PYTHON ?= python3
@@ -15,7 +15,7 @@ QUICK_BUILD = -DLLAVA_BUILD=OFF -DCMAKE_UNITY_BUILD=ON \
 INSTALL = $(BIN)/python -m pip install --quiet $(if $(CMAKE_ARGS),--no-cache-dir) \
 	--requirement requirements.txt --constraint constraints.txt
 
-.PHONY: setup demo test test-slurm test-kills lint bench bench-train clean clean-scratch
+.PHONY: setup doctor demo test test-slurm test-kills lint bench bench-train clean clean-scratch
 
 setup: .venv/installed
 
@@ -26,6 +26,12 @@ setup: .venv/installed
 	CMAKE_ARGS="$(CMAKE_ARGS) $(QUICK_BUILD)" $(INSTALL) || $(INSTALL)
 	$(BIN)/snakemake --cores 1 --quiet all --configfile runs/demo.yaml -- fetch_converter
 	touch $@
+
+# Says what is missing before the hours are spent; needs no set-up, so that it can say that too.
+# make doctor CONFIG=runs/mine.yaml PROFILE=profiles/slurm
+doctor:
+	@$(or $(wildcard $(BIN)/python),$(wildcard $(BIN)/python.exe),$(PYTHON)) scripts/check_machine.py \
+		$(if $(CONFIG),--configfile $(CONFIG)) $(if $(PROFILE),--profile $(PROFILE))
 
 demo: setup
 	$(BIN)/snakemake --cores all --configfile runs/demo.yaml

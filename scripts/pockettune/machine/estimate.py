@@ -2,8 +2,8 @@
 
 Decimal bytes throughout. A number that cannot be known yet is None and shown as unknown. Memory is
 the largest resident set of each program, as benchmarks/*.tsv has it; the constants were fitted to
-benchmarks/true_scale.py and the demo on Linux with PyTorch 2.13 (docs/doctor.md shows both beside
-the estimate).
+benchmarks/true_scale.md, growth.md and the demo, on Linux with PyTorch 2.13. A test holds disk and
+memory of the demo to a fifth.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,10 @@ LOGS = 3_000_000  # logs, metrics and report
 
 TOKENS_A_PASS = {"cpu": 2048, "cuda": 16384}  # as in runtimes/packing, which imports PyTorch
 # Resident sets of programs before a model is loaded: the libraries.
-TORCH, LLAMA, CONVERT, TABLES = 480e6, 240e6, 310e6, 400e6
+TORCH, SCORING, LLAMA, CONVERT, TABLES = 480e6, 600e6, 240e6, 310e6, 400e6
+# What oneDNN keeps compiled for matrices in bf16 on a CPU: 1,024 kernels, since every length of a
+# pass needs its own. The demo's training held 0.66 GB of it, growth.py's 0.93 GB.
+KERNELS = 0.8e9
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 ADAM = 4 * 4  # bytes a trainable parameter: itself, its gradient and two moments, in fp32
 
@@ -75,8 +78,8 @@ def _disk_sizes(settings: Any, shape: Shape | None, rows: Rows | None) -> Iterat
         count = sum(rows.counts.values())
         yield "dataset", round(count * (rows.text_bytes + 50))
         tokens = sum(map(sum, rows.tokens.values())) / max(sum(map(len, rows.tokens.values())), 1)
-        frame = len((settings["task"]["system"] + settings["task"]["prompt"]).encode()) + 30
-        yield "tokens", round(count * (rows.text_bytes + frame + 4 * tokens + 100))
+        frame = len((settings["task"]["system"] + settings["task"]["prompt"]).encode()) + 60  # the template
+        yield "tokens", round(count * (rows.text_bytes + frame + 4 * tokens + 50))
     if not shape:
         return
     weights = 2 * shape.parameters
@@ -107,26 +110,40 @@ def memory_items(
     run: Run, shape: Shape | None, rows: Rows | None, device: str, precision: str
 ) -> dict[str, int | None]:
     """Return the peak memory of each program that takes much; on a GPU of its host's side."""
-    names = ("tokenize", "train", "merge", "convert", "check_parity", "quantize", "evaluate (PyTorch)", "evaluate (llama.cpp)")  # fmt: skip
+    names: tuple[str, ...] = (
+        "tokenize",
+        "train",
+        "merge",
+        "convert",
+        "check_parity",
+        "quantize",
+        "evaluate (PyTorch)",
+        "evaluate (llama.cpp)",
+    )
     known = dict(_memory_sizes(run.settings, shape, rows, device, precision)) if shape else {}
     if run.settings["train"]["adapter"]:
         names = tuple(name for name in names if name != "train")
     return {name: round(known[name]) if name in known else None for name in names}
 
 
-def _memory_sizes(settings: Any, shape: Shape, rows: Rows | None, device: str, precision: str) -> Iterator[tuple[str, float]]:  # fmt: skip
+def _memory_sizes(
+    settings: Any, shape: Shape, rows: Rows | None, device: str, precision: str
+) -> Iterator[tuple[str, float]]:
     exact, stored = 4.0 * shape.parameters, 2.0 * shape.parameters
     f16 = tensor_bytes(shape, None)
     largest = max((tensor.elements for tensor in shape.tensors), default=0)
     yield "tokenize", TABLES + 700 * shape.vocabulary
     if not settings["train"]["adapter"]:
-        yield "train", TORCH + (stored if device == "cuda" else training_bytes(settings, shape, rows, precision))  # fmt: skip
+        loading = BYTES[precision] * shape.parameters + stored  # the file mapped beside its copy
+        kernels = KERNELS if precision == "bf16" else 0
+        computing = training_bytes(settings, shape, rows, precision) + kernels
+        yield "train", TORCH + (stored if device == "cuda" else max(loading, computing))
     # Loading in fp32 keeps the file mapped beside its copy.
     yield "merge", TORCH + exact + stored
     yield "convert", CONVERT + 2 * largest + 500 * shape.vocabulary
-    yield "check_parity", TORCH + f16 + exact + stored
+    yield "check_parity", SCORING + f16 + exact + stored
     yield "quantize", 60e6 + f16
-    yield "evaluate (PyTorch)", TORCH + exact + stored
+    yield "evaluate (PyTorch)", SCORING + exact + stored
     yield "evaluate (llama.cpp)", LLAMA + f16
 
 
@@ -137,11 +154,16 @@ def training_bytes(settings: Any, shape: Shape, rows: Rows | None, precision: st
     """
     train = settings["train"]
     width = BYTES[precision]
-    body = sum(t.elements for t in shape.tensors if t.layer or t.name not in ("embed_tokens", "lm_head"))  # fmt: skip
+    body = sum(
+        t.elements for t in shape.tensors if t.layer or t.name not in ("embed_tokens", "lm_head")
+    )
     # NF4 packs the layers' matrices: half a byte a weight, and an eighth of a bit for the scales.
-    weights = width * (shape.parameters - body) + (0.52 if train["quantization"] == "nf4" else width) * body  # fmt: skip
+    weights = (
+        width * (shape.parameters - body)
+        + (0.52 if train["quantization"] == "nf4" else width) * body
+    )
     tokens = pass_tokens(settings, rows)
-    layer = 12 * shape.hidden + 6 * shape.intermediate
+    layer = 18 * shape.hidden + 9 * shape.intermediate  # numbers kept of a token for the way back
     kept = (1.3 if train["gradient_checkpointing"] else shape.layers) * layer * width * tokens
     return weights + ADAM * trainable(train, shape) + kept
 

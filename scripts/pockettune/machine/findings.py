@@ -21,9 +21,16 @@ class Finding:
     items: Mapping[str, int | None] = field(default_factory=dict)  # bytes each; None is not known
 
 
-def judge(name: str, fault: str | None, detail: str, remedy: str = "", state: State = "problem") -> Finding:  # fmt: skip
+def judge(
+    name: str, fault: str | None, detail: str, remedy: str = "", state: State = "problem"
+) -> Finding:
     """Return `ok` with `detail`, or, where there is a fault, `state` with fault and remedy."""
     return Finding(name, state, fault, remedy) if fault else Finding(name, "ok", detail)
+
+
+def in_words(count: float) -> str:
+    """Return bytes in words."""
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB"
 
 
 class Once(Generic[Value]):
@@ -40,14 +47,14 @@ class Once(Generic[Value]):
         return self._value[0]
 
 
-class Late(Exception):
+class TooLateError(Exception):
     """A call has not ended in its time."""
 
 
 def side_by_side(calls: Mapping[str, Callable[[], Any]], end: float) -> Iterator[tuple[str, Any]]:
     """Run all calls at once; yield (name, result or exception), in order.
 
-    `end` is of time.monotonic(). What has not ended by then is left behind with a Late: the threads
+    `end` is of time.monotonic(). What has not ended by then is left behind with a TooLateError: the threads
     are daemons, so that a name server that never answers does not hold the process.
     """
     results: dict[str, Any] = {}
@@ -58,9 +65,12 @@ def side_by_side(calls: Mapping[str, Callable[[], Any]], end: float) -> Iterator
         except Exception as error:
             results[name] = error
 
-    threads = {name: threading.Thread(target=work, args=(name, call), daemon=True) for name, call in calls.items()}  # fmt: skip
+    threads = {
+        name: threading.Thread(target=work, args=(name, call), daemon=True)
+        for name, call in calls.items()
+    }
     for thread in threads.values():
         thread.start()
     for name, thread in threads.items():
         thread.join(max(end - time.monotonic(), 0))
-        yield name, results.get(name, Late())
+        yield name, results.get(name, TooLateError())

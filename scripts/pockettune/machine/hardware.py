@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pockettune.machine import limits
-from pockettune.machine.findings import Finding, judge
+from pockettune.machine.findings import Finding, State, judge
 from pockettune.machine.probe import Answer
 from pockettune.machine.run import Run
 
@@ -15,6 +15,8 @@ CPUINFO = Path("/proc/cpuinfo")
 # Of the product's norm. bitsandbytes computes in fp32 here, and on a GPU perhaps in TF32.
 MATMUL_BOUND = 0.01
 STORAGE_BOUND = 0.2  # NF4 of normal values: 0.09
+# Of what PyTorch tells of a processor, what decides speed here.
+SHOWN = ("avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "neon", "sve", "bf16")  # fmt: skip
 LATE = "run again with --seconds 60"
 
 
@@ -28,7 +30,15 @@ def check_cores(run: Run) -> list[Finding]:
     if cores.quota and cores.quota < cores.machine:
         reasons.append(f"its control group gives it the time of {cores.quota:g}")
     fault = f"{told}: {' and '.join(reasons)}" if reasons else None
-    return [judge("cores", fault, told, f"snakemake --cores {cores.usable}: more would get in each other's way", "warning")]  # fmt: skip
+    return [
+        judge(
+            "cores",
+            fault,
+            told,
+            f"snakemake --cores {cores.usable}: more would get in each other's way",
+            "warning",
+        )
+    ]
 
 
 def check_processor(run: Run) -> list[Finding]:
@@ -37,15 +47,28 @@ def check_processor(run: Run) -> list[Finding]:
     if "cpu" not in answer.facts:
         return []  # check_gpu says why
     known: dict[str, Any] = answer.facts["cpu"]
-    has = [name for name in ("avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "neon", "sve", "bf16") if known.get(name)]  # fmt: skip
-    told = f"{known.get('architecture', 'processor')} with {', '.join(has) or 'none of the instructions that make it fast'}"  # fmt: skip
+    has = [name for name in SHOWN if known.get(name)]
+    told = f"{known.get('architecture', 'processor')} with {', '.join(has) or 'none of the instructions that make it fast'}"
     if known.get("avx512_bf16") or known.get("amx_bf16"):
         return [Finding("processor", "ok", f"{told}: trains in bf16")]
     if answer.facts.get("device") == "cuda" or run.on_cluster:
         return [Finding("processor", "ok", told)]
     if known.get("architecture", "x86_64").startswith("x86") and not known.get("avx2"):
-        return [Finding("processor", "warning", f"{told}: no AVX2, everything takes several times as long", "a newer machine")]  # fmt: skip
-    return [Finding("processor", "ok", f"{told}: no bf16 instructions, so it trains in fp32, slower and in twice the memory")]  # fmt: skip
+        return [
+            Finding(
+                "processor",
+                "warning",
+                f"{told}: no AVX2, everything takes several times as long",
+                "a newer machine",
+            )
+        ]
+    return [
+        Finding(
+            "processor",
+            "ok",
+            f"{told}: no bf16 instructions, so it trains in fp32, slower and in twice the memory",
+        )
+    ]
 
 
 def check_gpu(run: Run) -> list[Finding]:
@@ -54,7 +77,7 @@ def check_gpu(run: Run) -> list[Finding]:
     seen = ask_driver()
     if "device" not in answer.facts:
         remedy = LATE if answer.late else "`make setup`; pytorch.org has builds for other drivers"
-        state = "warning" if answer.late or run.uses_conda else "problem"
+        state: State = "warning" if answer.late or run.uses_conda else "problem"
         return [Finding("gpu", state, f"PyTorch: {answer.failure}", remedy)]
     facts, train = answer.facts, {} if run.config is None else run.settings["train"]
     build = f"PyTorch {facts['torch']}" + ("" if facts["cuda_build"] else ", a CPU build")
@@ -64,13 +87,36 @@ def check_gpu(run: Run) -> list[Finding]:
             f" {card['capability']}, {'bf16' if card['bf16'] else 'no bf16: trains in fp16'}"
             for card in facts["gpus"]
         )  # fmt: skip
-        return [Finding("gpu", "ok", f"{cards}; {build}, CUDA {facts['cuda_build']}{f'; driver {seen[1]}' if seen else ''}")]  # fmt: skip
+        return [
+            Finding(
+                "gpu",
+                "ok",
+                f"{cards}; {build}, CUDA {facts['cuda_build']}{f'; driver {seen[1]}' if seen else ''}",
+            )
+        ]
     if train.get("precision") == "fp16" and not run.on_cluster:
-        return [Finding("gpu", "problem", "train.precision fp16 needs a GPU, and there is none", "train.precision: auto")]  # fmt: skip
+        return [
+            Finding(
+                "gpu",
+                "problem",
+                "train.precision fp16 needs a GPU, and there is none",
+                "train.precision: auto",
+            )
+        ]
     if seen:
-        why = "has no CUDA" if not facts["cuda_build"] else f"with CUDA {facts['cuda_build']} cannot use it"  # fmt: skip
-        return [Finding("gpu", "warning", f"{seen[0]} with driver {seen[1]} is here, but {build} {why}: the run would take the CPU",
-                        "take the PyTorch build for this driver from pytorch.org, or update the driver")]  # fmt: skip
+        why = (
+            "has no CUDA"
+            if not facts["cuda_build"]
+            else f"with CUDA {facts['cuda_build']} cannot use it"
+        )
+        return [
+            Finding(
+                "gpu",
+                "warning",
+                f"{seen[0]} with driver {seen[1]} is here, but {build} {why}: the run would take the CPU",
+                "take the PyTorch build for this driver from pytorch.org, or update the driver",
+            )
+        ]
     where = "training goes to the cluster" if run.on_cluster else "everything runs on the CPU"
     return [Finding("gpu", "ok", f"none here, {where}; {build}")]
 
@@ -93,31 +139,69 @@ def check_bitsandbytes(run: Run) -> list[Finding]:
     answer: Answer = run.facts["torch"]()
     if "device" not in answer.facts:
         return []
-    wanted = run.config is not None and run.settings["train"].get("quantization") == "nf4" and not run.settings["train"].get("adapter")  # fmt: skip
+    wanted = (
+        run.config is not None
+        and run.settings["train"].get("quantization") == "nf4"
+        and not run.settings["train"].get("adapter")
+    )
     here = wanted and not (run.on_cluster or run.uses_conda)
-    state, remedy = ("problem", "train.quantization: none, or another version of bitsandbytes or of the driver") if here else ("warning", "nothing, until train.quantization is nf4")  # fmt: skip
+    state: State = "problem" if here else "warning"
+    remedy = (
+        "train.quantization: none, or another version of bitsandbytes or of the driver"
+        if here
+        else "nothing, until train.quantization is nf4"
+    )
     device, measured = answer.facts["device"], answer.facts.get("bitsandbytes")
     if measured is None:
         if answer.late:
             return [Finding("bitsandbytes", "warning", f"{answer.failure} on {device}", LATE)]
-        return [Finding("bitsandbytes", state, f"does not work on {device}: {answer.failure}", remedy)]  # fmt: skip
+        return [
+            Finding("bitsandbytes", state, f"does not work on {device}: {answer.failure}", remedy)
+        ]
     bounds = {"matmul": MATMUL_BOUND, "storage": STORAGE_BOUND, "gradient": MATMUL_BOUND}
     wrong = [f"{name} off by {measured[name]:.2g} (allowed {bound})" for name, bound in bounds.items()
              if not measured[name] <= bound]  # fmt: skip
     fault = f"multiplies wrongly on {device}: {', '.join(wrong)}" if wrong else None
-    return [judge("bitsandbytes", fault, f"multiplies in 4 bits on {device}, within {measured['matmul']:.1g} of the dequantized product", remedy, state)]  # fmt: skip
+    return [
+        judge(
+            "bitsandbytes",
+            fault,
+            f"multiplies in 4 bits on {device}, within {measured['matmul']:.1g} of the dequantized product",
+            remedy,
+            state,
+        )
+    ]
 
 
 def check_llama_cpp(run: Run) -> list[Finding]:
     """Whether llama.cpp loads, and was built for a processor such as this one."""
     answer: Answer = run.facts["llama_cpp"]()
-    build = "build it here: `make setup`, or for several machines with CMAKE_ARGS=-DGGML_NATIVE=OFF, see docs/cluster.md"  # fmt: skip
+    build = "build it here: `make setup`, or for several machines with CMAKE_ARGS=-DGGML_NATIVE=OFF, see docs/cluster.md"
     if "misfit" in answer.facts:
         return [Finding("llama.cpp", "problem", answer.facts["misfit"], build)]
     if "system" not in answer.facts:
-        state = "warning" if answer.late or run.uses_conda else "problem"
-        return [Finding("llama.cpp", state, f"cannot be used: {answer.failure}", LATE if answer.late else build)]  # fmt: skip
+        state: State = "warning" if answer.late or run.uses_conda else "problem"
+        return [
+            Finding(
+                "llama.cpp",
+                state,
+                f"cannot be used: {answer.failure}",
+                LATE if answer.late else build,
+            )
+        ]
     parts = [part.strip() for part in answer.facts["system"].split("|")]
-    built = [part.partition(" = ")[0].rpartition(": ")[2] for part in parts if part.endswith(" = 1")]  # fmt: skip
-    unchecked = "" if CPUINFO.exists() and sys.platform == "linux" else "; whether the processor has them is not known on this system"  # fmt: skip
-    return [Finding("llama.cpp", "ok", f"llama-cpp-python {answer.facts['version']}, built with {', '.join(built)}{unchecked}")]  # fmt: skip
+    built = [
+        part.partition(" = ")[0].rpartition(": ")[2] for part in parts if part.endswith(" = 1")
+    ]
+    unchecked = (
+        ""
+        if CPUINFO.exists() and sys.platform == "linux"
+        else "; whether the processor has them is not known on this system"
+    )
+    return [
+        Finding(
+            "llama.cpp",
+            "ok",
+            f"llama-cpp-python {answer.facts['version']}, built with {', '.join(built)}{unchecked}",
+        )
+    ]

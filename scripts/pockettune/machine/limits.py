@@ -11,7 +11,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-NETWORKS = {"nfs", "nfs4", "cifs", "smb3", "lustre", "gpfs", "beegfs", "ceph", "afs", "fuse.sshfs", "9p", "panfs"}  # fmt: skip
+NETWORKS = {
+    "nfs",
+    "nfs4",
+    "cifs",
+    "smb3",
+    "lustre",
+    "gpfs",
+    "beegfs",
+    "ceph",
+    "afs",
+    "fuse.sshfs",
+    "9p",
+    "panfs",
+}
 UNLIMITED = 2**60  # bytes; version 1 writes a number near 2**63 for no limit
 
 
@@ -25,7 +38,8 @@ class Cores:
 
     @property
     def usable(self) -> int:
-        return max(min(self.affinity, math.floor(self.quota or math.inf)), 1) if self.quota else self.affinity  # fmt: skip
+        given = math.floor(self.quota) if self.quota else self.affinity
+        return max(min(self.affinity, given), 1)
 
 
 class ControlGroup:
@@ -51,8 +65,10 @@ class ControlGroup:
 
     def free_memory(self) -> int | None:
         """Return the bytes left below the lowest limit, files held in memory counted as free."""
-        known = [("", "memory.max", "memory.current", "inactive_file"),
-                 ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")]  # fmt: skip
+        known = [
+            ("", "memory.max", "memory.current", "inactive_file"),
+            ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ]
         left = []
         for controller, limit_file, used_file, cached_key in known:
             for folder in self._folders(controller):
@@ -109,10 +125,10 @@ def free_disk(path: Path) -> int:
 
 def file_system(path: Path, table: Path = Path("/proc/self/mounts")) -> str | None:
     """Return the type of the file system that holds a path; None where the system does not tell."""
-    place, best = existing(path).resolve(), ("", None)
+    place, longest, found = existing(path).resolve(), "", None
     for line in _read(table).splitlines():
         _, mount, kind, *_ = line.split(" ")
         mount = mount.replace("\\040", " ")
-        if place.is_relative_to(mount) and len(mount) >= len(best[0]):
-            best = (mount, kind)
-    return best[1]
+        if place.is_relative_to(mount) and len(mount) >= len(longest):
+            longest, found = mount, kind
+    return found

@@ -24,7 +24,11 @@ def check_model(run: Run) -> list[Finding]:
         if place.is_dir():
             check_model_folder(place)
     except UserError as error:
-        remedy = "remove the folder, so that it is fetched anew" if place == run.base else "mend the folder"  # fmt: skip
+        remedy = (
+            "remove the folder, so that it is fetched anew"
+            if place == run.base
+            else "mend the folder"
+        )
         return [Finding("model", "problem", str(error), remedy)]
     where = "fetched" if place == run.base else "local"
     return [Finding("model", "ok", f"{name}: {where}{size}")]
@@ -34,9 +38,22 @@ def check_tokenizer(run: Run) -> list[Finding]:
     """Whether the converter knows the tokenizer: else a run stops after the training."""
     if "tokenizer" not in run.facts:
         lacking = "the model" if run.converter.is_dir() else "llama.cpp's converter"
-        return [Finding("tokenizer", "ok", f"not known until {lacking} is here whether the converter knows it")]  # fmt: skip
+        return [
+            Finding(
+                "tokenizer",
+                "ok",
+                f"not known until {lacking} is here whether the converter knows it",
+            )
+        ]
     answer: Answer = run.facts["tokenizer"]()
     if answer.failure and "unknown" not in answer.facts:
-        return [Finding("tokenizer", "warning", f"the converter could not be asked: {answer.failure}", LATE if answer.late else "`make setup`")]  # fmt: skip
+        return [
+            Finding(
+                "tokenizer",
+                "warning",
+                f"the converter could not be asked: {answer.failure}",
+                LATE if answer.late else "`make setup`",
+            )
+        ]
     return [judge("tokenizer", answer.facts.get("unknown"), f"llama.cpp's converter knows it as {answer.facts.get('name')}",
                   "another base model, or a tokenizer of a published model")]  # fmt: skip

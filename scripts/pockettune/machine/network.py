@@ -8,7 +8,6 @@ import http.client
 import json
 import os
 import re
-import socket
 import ssl
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pockettune.common.redaction import redact
-from pockettune.machine.findings import Finding, Late, side_by_side
+from pockettune.machine.findings import Finding, TooLateError, side_by_side
 from pockettune.machine.run import Run
 
 SECONDS = 4.0  # for one question; two in a row at most
@@ -56,11 +55,11 @@ class Source:
     def listing(self, kind: str, name: str, revision: str) -> str:
         """Return the address of a repository's list of files."""
         if not self.is_modelscope:
-            return f"{self.address}/api/{kind}s/{name}/revision/{urllib.parse.quote(revision, safe='')}?blobs=true"  # fmt: skip
+            return f"{self.address}/api/{kind}s/{name}/revision/{urllib.parse.quote(revision, safe='')}?blobs=true"
         # Its history is its own: a commit of Hugging Face names nothing there.
         branch = "master" if len(revision) == 40 else urllib.parse.quote(revision)
         what = "files" if kind == "model" else "tree"
-        return f"{self.address}/api/v1/{kind}s/{name}/repo/{what}?Revision={branch}&Recursive=True&PageNumber=1&PageSize=200"  # fmt: skip
+        return f"{self.address}/api/v1/{kind}s/{name}/repo/{what}?Revision={branch}&Recursive=True&PageNumber=1&PageSize=200"
 
     def file(self, name: str, revision: str, file: str) -> str:
         """Return the address of a model's file."""
@@ -112,13 +111,22 @@ def get(address: str) -> bytes:
             content: bytes = answer.read(MOST_BYTES)
             return content
     except urllib.error.HTTPError as error:
-        words = {401: "asks for a login", 403: "refuses", 404: "does not have it", 407: "the proxy asks for a login"}  # fmt: skip
-        raise OSError(f"{words.get(error.code, 'answers with an error')} (HTTP {error.code})") from error  # fmt: skip
-    except (TimeoutError, socket.timeout) as error:
+        words = {
+            401: "asks for a login",
+            403: "refuses",
+            404: "does not have it",
+            407: "the proxy asks for a login",
+        }
+        raise OSError(
+            f"{words.get(error.code, 'answers with an error')} (HTTP {error.code})"
+        ) from error
+    except TimeoutError as error:
         raise OSError(f"no answer in {SECONDS:.0f} s") from error
     except urllib.error.URLError as error:
         late = isinstance(error.reason, TimeoutError)
-        raise OSError(f"no answer in {SECONDS:.0f} s" if late else f"cannot be reached: {error.reason}") from error  # fmt: skip
+        raise OSError(
+            f"no answer in {SECONDS:.0f} s" if late else f"cannot be reached: {error.reason}"
+        ) from error
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise OSError(f"cannot be reached: {error}") from error
 
@@ -131,7 +139,11 @@ def ask_source(source: Source, repository: Repository) -> Reply:
         sizes = read_modelscope(content) if source.is_modelscope else read_huggingface(content)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         # Not a hub's answer: a login page of the network, say.
-        fault = str(error) if type(error) is OSError else "answers, but not as a hub does: is there a login page in between?"  # fmt: skip
+        fault = (
+            str(error)
+            if type(error) is OSError
+            else "answers, but not as a hub does: is there a login page in between?"
+        )
         return Reply(source, repository, time.perf_counter() - begun, fault)
     return Reply(source, repository, time.perf_counter() - begun, None, sizes)
 
@@ -188,14 +200,25 @@ def check_sources(run: Run) -> list[Finding]:
     findings = []
     for source in hub_sources(run.settings["hub"]):
         own = [reply for reply in replies if reply.source == source]
-        elsewhere = all(r.fault is None or first_with(replies, r.repository[0]) for r in own)
-        findings.append(describe_source(source, own, elsewhere))
+        others = all(r.fault is None or first_with(replies, r.repository[0]) for r in own)
+        spare = (
+            "another source has it; put that one first"
+            if others
+            else "resources/offline is here"
+            if run.has_bundle
+            else ""
+        )
+        findings.append(describe_source(source, own, spare))
     return findings
 
 
-def describe_source(source: Source, replies: list[Reply], elsewhere: bool) -> Finding:
-    """Return a source's line; what it lacks is a problem unless another source has it."""
-    place = source.text if source.text.startswith("http") else f"{source.text.partition(':')[0]} ({source.address})"  # fmt: skip
+def describe_source(source: Source, replies: list[Reply], spare: str) -> Finding:
+    """Return a source's line; what it lacks is a problem unless something else has it."""
+    place = (
+        source.text
+        if source.text.startswith("http")
+        else f"{source.text.partition(':')[0]} ({source.address})"
+    )
     told = "; ".join(
         redact(f"{reply.repository[0]} {reply.repository[1]} {reply.fault or f'in {reply.seconds:.1f} s'}")
         for reply in replies
@@ -203,9 +226,14 @@ def describe_source(source: Source, replies: list[Reply], elsewhere: bool) -> Fi
     name = f"source {without_login(place)}"
     if all(reply.fault is None for reply in replies):
         return Finding(name, "ok", told)
-    if elsewhere:
-        return Finding(name, "warning", told, "nothing: another source has it; put that one first")
-    return Finding(name, "problem", told, "name others under `hub:` (a mirror such as https://hf-mirror.com, or modelscope), or use files of your own: model.path, dataset.files")  # fmt: skip
+    if spare:
+        return Finding(name, "warning", told, f"nothing: {spare}")
+    return Finding(
+        name,
+        "problem",
+        told,
+        "name others under `hub:` (a mirror such as https://hf-mirror.com, or modelscope), or use files of your own: model.path, dataset.files",
+    )
 
 
 def package_places(settings: str, environment: Mapping[str, str]) -> list[str]:
@@ -217,12 +245,20 @@ def package_places(settings: str, environment: Mapping[str, str]) -> list[str]:
     places = [known.get("index-url", "https://pypi.org/simple")]
     if known.get("no-index", "").lower() in ("1", "true", "yes", "on"):
         places = []
-    return [*places, *known.get("extra-index-url", "").split(), *known.get("find-links", "").split()]
+    return [
+        *places,
+        *known.get("extra-index-url", "").split(),
+        *known.get("find-links", "").split(),
+    ]
 
 
 def ask_package_place(place: str) -> str | None:
     """Return what keeps a place from giving llama-cpp-python; None where it has it."""
-    path = Path(urllib.parse.unquote(urllib.parse.urlsplit(place).path)) if place.startswith("file:") else Path(place)  # fmt: skip
+    path = (
+        Path(urllib.parse.unquote(urllib.parse.urlsplit(place).path))
+        if place.startswith("file:")
+        else Path(place)
+    )
     if not place.startswith("http"):
         found = [path / PACKAGE, *path.glob("llama_cpp_python-*")]
         return None if any(entry.exists() for entry in found) else "does not have it"
@@ -241,7 +277,9 @@ def check_package_index(run: Run) -> list[Finding]:
         return [Finding(name, "ok", "not asked: llama.cpp's converter is here")]
     command = [sys.executable, "-B", "-m", "pip", "config", "list"]
     try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True).stdout  # fmt: skip
+        said = subprocess.run(
+            command, capture_output=True, text=True, timeout=SECONDS, check=True
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         said = ""
     begun = time.monotonic()
@@ -249,8 +287,25 @@ def check_package_index(run: Run) -> list[Finding]:
     calls = {place: (lambda place=place: ask_package_place(place)) for place in places}
     answers = dict(side_by_side(calls, min(begun + SECONDS + 0.5, run.end)))
     late = f"no answer in {SECONDS:.0f} s"
-    told = "; ".join(f"{without_login(place)} {(late if isinstance(fault, Late) else fault) or 'has it'}" for place, fault in answers.items())  # fmt: skip
+    told = "; ".join(
+        f"{without_login(place)} {(late if isinstance(fault, TooLateError) else fault) or 'has it'}"
+        for place, fault in answers.items()
+    )
     if any(fault is None for fault in answers.values()):
-        return [Finding(name, "ok", redact(f"{PACKAGE} in {time.monotonic() - begun:.1f} s: {told}"))]  # fmt: skip
-    return [Finding(name, "problem", redact(f"{PACKAGE}: {told or 'pip has nowhere to look'}"),
-                    f"set PIP_INDEX_URL to a mirror, or put {archive.name} into resources/downloads")]  # fmt: skip
+        return [
+            Finding(name, "ok", redact(f"{PACKAGE} in {time.monotonic() - begun:.1f} s: {told}"))
+        ]
+    if run.has_bundle:
+        return [
+            Finding(
+                name, "warning", redact(f"{PACKAGE}: {told}"), "nothing: resources/offline is here"
+            )
+        ]
+    return [
+        Finding(
+            name,
+            "problem",
+            redact(f"{PACKAGE}: {told or 'pip has nowhere to look'}"),
+            f"set PIP_INDEX_URL to a mirror, or put {archive.name} into resources/downloads",
+        )
+    ]

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,15 @@ class Answer:
 
 def ask(topic: str, arguments: Sequence[str | Path], end: float) -> Answer:
     """Ask in a new process, until `end` of time.monotonic()."""
-    command = [sys.executable, "-B", "-P", "-m", "pockettune.machine.probe", topic, *map(str, arguments)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-B",
+        "-P",
+        "-m",
+        "pockettune.machine.probe",
+        topic,
+        *map(str, arguments),
+    ]
     known = os.environ.get("PYTHONPATH")
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(SCRIPTS), *([known] if known else [])]),
@@ -74,7 +82,11 @@ def tell_torch() -> None:
     """Tell of PyTorch and its device; then, since that may crash, of bitsandbytes."""
     import torch
 
-    tell(torch=torch.__version__, cuda_build=torch.version.cuda, cpu=dict(torch.cpu.get_capabilities()))
+    tell(
+        torch=torch.__version__,
+        cuda_build=torch.version.cuda,
+        cpu=dict(torch.cpu.get_capabilities()),
+    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     gpus = []
     for number in range(torch.cuda.device_count() if device == "cuda" else 0):
@@ -141,9 +153,9 @@ def tell_tokenizer(model: Path, converter: Path) -> None:
     """Tell by what name llama.cpp's converter knows a model's tokenizer, as convert_model.py asks."""
     sys.path[:0] = [str(converter), str(converter / "gguf-py")]
     import conversion.base  # type: ignore[import-not-found]
-    from convert_model import named_by_pattern  # a program, not a module: there convert has it
     from transformers import AutoTokenizer
 
+    from convert_model import named_by_pattern  # a program's: what convert will ask
     from pockettune.common.errors import UserError
 
     text_model = conversion.base.TextModel
@@ -157,7 +169,11 @@ def tell_tokenizer(model: Path, converter: Path) -> None:
         tell(unknown=str(error))
 
 
-TOPICS = {"torch": tell_torch, "llama_cpp": tell_llama_cpp, "tokenizer": tell_tokenizer}
+TOPICS: dict[str, Callable[..., None]] = {
+    "torch": tell_torch,
+    "llama_cpp": tell_llama_cpp,
+    "tokenizer": tell_tokenizer,
+}
 
 if __name__ == "__main__":
     TOPICS[sys.argv[1]](*map(Path, sys.argv[2:]))

@@ -77,7 +77,13 @@ def tensor_bytes(shape: Shape, recipe: Mapping[str, Any] | None) -> int:
     """Return the bytes of all tensors in a file of a recipe; None is F16."""
     total = 0
     for tensor in shape.tensors:
-        kind = stored_type(recipe, tensor, shape) if recipe else "F16" if len(tensor.shape) > 1 else "F32"  # fmt: skip
+        kind = (
+            stored_type(recipe, tensor, shape)
+            if recipe
+            else "F16"
+            if len(tensor.shape) > 1
+            else "F32"
+        )
         weights, size = block(kind)
         total += tensor.elements // weights * size
     return total

@@ -55,8 +55,14 @@ class Run:
     def base(self) -> Path:
         """The folder that fetch_model makes (rules/common.smk, base_model; a test compares)."""
         model = self.settings["model"]
-        version = hashlib.sha256(model["path"].encode()).hexdigest() if model["path"] else model["revision"]  # fmt: skip
-        return self.path(f"resources/models/{Path(model['path'] or model['name']).name}@{version[:12]}")  # fmt: skip
+        version = (
+            hashlib.sha256(model["path"].encode()).hexdigest()
+            if model["path"]
+            else model["revision"]
+        )
+        return self.path(
+            f"resources/models/{Path(model['path'] or model['name']).name}@{version[:12]}"
+        )
 
     @property
     def converter_version(self) -> str:
@@ -70,13 +76,21 @@ class Run:
     def converter(self) -> Path:
         return self.path(f"resources/llama.cpp-{self.converter_version}")
 
+    @property
+    def has_bundle(self) -> bool:
+        """Whether what was packed for a machine without a network lies here."""
+        folder = self.path("resources/offline")
+        return folder.is_dir() and any(folder.iterdir())
+
     def missing_repositories(self) -> list[tuple[str, str, str]]:
         """Return (kind, name, revision) of what is still to be fetched from a hub."""
         model, dataset = self.settings["model"], self.settings["dataset"]
         wanted = []
         if not model["path"] and not self.base.is_dir():
             wanted.append(("model", model["name"], model["revision"]))
-        records = [self.results / f"dataset/{split}.jsonl" for split in ("train", "validation", "test")]  # fmt: skip
+        records = [
+            self.results / f"dataset/{split}.jsonl" for split in ("train", "validation", "test")
+        ]
         if not dataset["files"] and not all(path.is_file() for path in records):
             wanted.append(("dataset", dataset["name"], dataset["revision"]))
         return wanted
@@ -130,6 +144,11 @@ def check_settings(run: Run) -> list[Finding]:
 
 def local_files(config: Config) -> dict[str, str]:
     """Return the config's keys that name local files, without those that a rule makes."""
-    files = {f"dataset.files.{key}": path for key, path in (config["dataset"]["files"] or {}).items()}  # fmt: skip
-    files["model.path"], files["train.adapter"] = config["model"]["path"], config["train"]["adapter"]  # fmt: skip
+    files = {
+        f"dataset.files.{key}": path for key, path in (config["dataset"]["files"] or {}).items()
+    }
+    files["model.path"], files["train.adapter"] = (
+        config["model"]["path"],
+        config["train"]["adapter"],
+    )
     return {key: path for key, path in files.items() if path and not path.startswith("resources/")}

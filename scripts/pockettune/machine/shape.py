@@ -73,14 +73,8 @@ class Shape:
 
 def find_shape(run: Run) -> Shape | None:
     """Return the base model's shape: of the fetched base, of the local model, or told by a hub."""
-    for place in (run.base, run.own_model):
-        if place is not None and place.exists():
-            try:
-                return shape_of_gguf(place) if place.is_file() else shape_of_folder(place)
-            except (UserError, OSError, ValueError, TypeError, KeyError):
-                return None  # models.check_model says what is wrong with it
-    if run.own_model is not None:
-        return None
+    if run.own_model is not None or run.base.is_dir():
+        return find_shape_here(run)
     config = fetch_model_config(run)
     tensors = tensors_of(config) if config else None
     if not tensors:
@@ -89,7 +83,23 @@ def find_shape(run: Run) -> Shape | None:
     sizes = reply.sizes if reply else {}
     total = sum(size for name, size in sizes.items() if is_fetched(name)) or None
     weights = sum(size for name, size in sizes.items() if name.endswith(".safetensors"))
-    return Shape(tensors, f"config.json from {reply.source.text if reply else 'the hub'}", total, total and total - weights)  # fmt: skip
+    return Shape(
+        tensors,
+        f"config.json from {reply.source.text if reply else 'the hub'}",
+        total,
+        total and total - weights,
+    )
+
+
+def find_shape_here(run: Run) -> Shape | None:
+    """Return the shape of the fetched base or of the local model; None where neither is here."""
+    for place in (run.base, run.own_model):
+        if place is not None and place.exists():
+            try:
+                return shape_of_gguf(place) if place.is_file() else shape_of_folder(place)
+            except (UserError, OSError, ValueError, TypeError, KeyError):
+                return None  # models.check_model says what is wrong with it
+    return None
 
 
 def is_fetched(name: str) -> bool:
@@ -106,9 +116,15 @@ def shape_of_folder(folder: Path) -> Shape:
     tensors = []
     for name, shape in tensor_shapes(folder).items():
         layer = re.search(r"\.layers\.(\d+)\.", name)
-        plain = name.removesuffix(".weight").rpartition(".")[2] if name.endswith(".weight") else name.rpartition(".")[2]  # fmt: skip
+        plain = (
+            name.removesuffix(".weight").rpartition(".")[2]
+            if name.endswith(".weight")
+            else name.rpartition(".")[2]
+        )
         tensors.append(Tensor(plain, tuple(shape), int(layer[1]) if layer else 0))
-    size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file() and is_fetched(path.name))  # fmt: skip
+    size = sum(
+        path.stat().st_size for path in folder.iterdir() if path.is_file() and is_fetched(path.name)
+    )
     weights = sum(path.stat().st_size for path in weight_files(folder))
     return Shape(tuple(tensors), "its safetensors files", size, size - weights)
 
@@ -121,7 +137,9 @@ def shape_of_gguf(path: Path) -> Shape:
     for stored in read_gguf(path)[1]:
         layer = re.match(r"blk\.(\d+)\.", stored.name)
         plain = re.sub(r"^blk\.\d+\.|\.(weight|bias)$", "", stored.name)
-        tensors.append(Tensor(GGUF_NAMES.get(plain, plain), stored.shape[::-1], int(layer[1]) if layer else 0))  # fmt: skip
+        tensors.append(
+            Tensor(GGUF_NAMES.get(plain, plain), stored.shape[::-1], int(layer[1]) if layer else 0)
+        )
     return Shape(tuple(tensors), "the GGUF file's header")
 
 
@@ -143,10 +161,17 @@ def tensors_of(config: Mapping[str, Any]) -> tuple[Tensor, ...] | None:
             "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,)}  # fmt: skip
     biased = kind == "qwen2" or config.get("attention_bias")
     biases = {"q_bias": (queries,), "k_bias": (keys,), "v_bias": (keys,)} if biased else {}
-    tensors = [Tensor(name, shape, n) for n in range(layers) for name, shape in (each | biases).items()]  # fmt: skip
+    tensors = [
+        Tensor(name, shape, n) for n in range(layers) for name, shape in (each | biases).items()
+    ]
     tied = config.get("tie_word_embeddings", kind.startswith("gemma"))
     head = [] if tied else [Tensor("lm_head", (vocabulary, hidden))]
-    return (Tensor("embed_tokens", (vocabulary, hidden)), *tensors, Tensor("norm", (hidden,)), *head)  # fmt: skip
+    return (
+        Tensor("embed_tokens", (vocabulary, hidden)),
+        *tensors,
+        Tensor("norm", (hidden,)),
+        *head,
+    )
 
 
 def read_config(folder: Path) -> dict[str, Any]:

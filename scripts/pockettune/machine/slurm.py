@@ -9,19 +9,28 @@ from pockettune.machine.findings import Finding, State
 from pockettune.machine.run import Run
 
 SECONDS = 6.0
-NO_ACCOUNTING = "without accounting the end of a job is never seen: take the # off slurm-status-command in profiles/slurm/config.yaml"  # fmt: skip
+NO_ACCOUNTING = "without accounting the end of a job is never seen: take the # off slurm-status-command in profiles/slurm/config.yaml"
 
 
 def check_slurm(run: Run) -> list[Finding]:
     """SLURM's commands, the profile's partitions, and how the end of a job is learnt."""
     if not run.on_cluster and shutil.which("sinfo") is None:
-        return [Finding("slurm", "ok", "not asked for: no profile for it, and no sinfo on the path")]  # fmt: skip
+        return [
+            Finding("slurm", "ok", "not asked for: no profile for it, and no sinfo on the path")
+        ]
     bad: State = "problem" if run.on_cluster else "warning"
-    findings = []
+    findings: list[Finding] = []
     said = {name: ask(*command) for name, command in COMMANDS.items()}
     for name in ("sinfo", "squeue"):
-        if said[name][1]:
-            findings.append(Finding("slurm", bad, f"{name}: {said[name][1]}", "run on a login node of the cluster; `scontrol ping` says whether its controller is up"))  # fmt: skip
+        if said[name][1] and not findings:  # else it is the same trouble
+            findings.append(
+                Finding(
+                    "slurm",
+                    bad,
+                    f"{name}: {said[name][1]}",
+                    "run on a login node of the cluster; `scontrol ping` says whether its controller is up",
+                )
+            )
     if said["sinfo"][1]:
         return findings
     here = sorted({line.strip() for line in said["sinfo"][0].splitlines() if line.strip()})
@@ -33,7 +42,9 @@ def check_slurm(run: Run) -> list[Finding]:
                                 "edit slurm_partition in the profile's config.yaml"))  # fmt: skip
     findings += check_accounting(run, said["sacct"][1])
     if not findings:
-        told = f"the profile's {', '.join(wanted)} among them" if wanted else "no profile asks for it"  # fmt: skip
+        told = (
+            f"the profile's {', '.join(wanted)} among them" if wanted else "no profile asks for it"
+        )
         findings.append(Finding("slurm", "ok", f"answers; partitions {', '.join(here)}; {told}"))
     return findings
 
@@ -77,7 +88,10 @@ def named_partitions(profile: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def _partitions(profile: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    sections = {"default-resources": profile.get("default-resources") or {}, **(profile.get("set-resources") or {})}  # fmt: skip
+    sections = {
+        "default-resources": profile.get("default-resources") or {},
+        **(profile.get("set-resources") or {}),
+    }
     for rule, resources in sections.items():
         if isinstance(resources, list):  # as on the command line: name=value
             resources = dict(text.split("=", 1) for text in resources if "=" in text)

@@ -6,28 +6,49 @@ from pathlib import Path
 from typing import Any
 
 from pockettune.machine import estimate, limits
-from pockettune.machine.findings import Finding, State
+from pockettune.machine.findings import Finding, State, in_words
 from pockettune.machine.probe import Answer
 from pockettune.machine.run import Run
 
 TIGHT = 0.85  # of what is free; an estimate is within a fifth
 
 
-def size(count: float) -> str:
-    """Return bytes in words."""
-    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB"
-
-
 def check_folders(run: Run) -> list[Finding]:
     """Whether the run may write, and on what kind of file system."""
-    places = {"results": run.results, "resources": run.path("resources"), ".snakemake": run.path(".snakemake")}  # fmt: skip
-    closed = [name for name, path in places.items() if not os.access(limits.existing(path), os.W_OK | os.X_OK)]  # fmt: skip
+    places = {
+        "results": run.results,
+        "resources": run.path("resources"),
+        ".snakemake": run.path(".snakemake"),
+    }
+    closed = [
+        name
+        for name, path in places.items()
+        if not os.access(limits.existing(path), os.W_OK | os.X_OK)
+    ]
     if closed:
-        return [Finding("folders", "problem", f"cannot be written: {', '.join(closed)}", "a checkout of your own, or pathvars.results elsewhere")]  # fmt: skip
+        return [
+            Finding(
+                "folders",
+                "problem",
+                f"cannot be written: {', '.join(closed)}",
+                "a checkout of your own, or pathvars.results elsewhere",
+            )
+        ]
     kind = limits.file_system(run.results)
-    where = "" if kind is None else f", on {kind}, {'shared over a network' if kind in limits.NETWORKS else 'local'}"  # fmt: skip
+    where = (
+        ""
+        if kind is None
+        else f", on {kind}, {'shared over a network' if kind in limits.NETWORKS else 'local'}"
+    )
     if kind and run.on_cluster and kind not in limits.NETWORKS:
-        return [Finding("folders", "warning", f"results can be written{where}", "SLURM's nodes must see it: a checkout on the shared file system")]  # fmt: skip
+        return [
+            Finding(
+                "folders",
+                "warning",
+                f"results can be written{where}",
+                "SLURM's nodes must see it: a checkout on the shared file system",
+            )
+        ]
     return [Finding("folders", "ok", f"results can be written{where}")]
 
 
@@ -46,14 +67,21 @@ def check_disk(run: Run) -> list[Finding]:
 
 def judge_disk(root: Path, items: dict[str, estimate.Item]) -> Finding:
     """Compare items of one file system with the room there."""
-    needed, free = sum(item.missing for item in items.values()), limits.free_disk(next(iter(items.values())).path)  # fmt: skip
+    needed, free = (
+        sum(item.missing for item in items.values()),
+        limits.free_disk(next(iter(items.values())).path),
+    )
     unknown = [name for name, item in items.items() if item.size is None and not item.there]
-    told = f"{size(needed)} still to be written, {size(free)} free"
+    told = f"{in_words(needed)} still to be written, {in_words(free)} free"
     if unknown:
         told += f"; not known until it is here: {', '.join(unknown)}"
     sizes = {f"{name}{', there' if item.there else ''}": item.size for name, item in items.items()}
     state: State = "problem" if needed > free else "warning" if needed > TIGHT * free else "ok"
-    remedy = "" if state == "ok" else "make room, drop variants of `quantize:`, or lay results elsewhere (pathvars.results)"  # fmt: skip
+    remedy = (
+        ""
+        if state == "ok"
+        else "make room, drop variants of `quantize:`, or lay results elsewhere (pathvars.results)"
+    )
     return Finding("disk", state, told, remedy, sizes)
 
 
@@ -78,21 +106,60 @@ def check_memory(run: Run) -> list[Finding]:
     items = estimate.memory_items(run, shape, rows, device, precision)
     free = limits.free_memory()
     if shape is None:
-        return [Finding("memory", "ok", f"{size(free)} free; what is needed is not known until the model is here", "", items)]  # fmt: skip
+        return [
+            Finding(
+                "memory",
+                "ok",
+                f"{in_words(free)} free; what is needed is not known until the model is here",
+                "",
+                items,
+            )
+        ]
     name, peak = max(((n, v) for n, v in items.items() if v is not None), key=lambda pair: pair[1])
-    how = "" if rows else ", of the longest rows that tokenize.max_length allows: the dataset is not here"  # fmt: skip
-    findings = [judge_memory("memory", f"{name} takes {size(peak)} at its peak{how if name == 'train' else ''}", peak, free, run.on_cluster, items)]  # fmt: skip
+    how = (
+        ""
+        if rows
+        else ", of the longest rows that tokenize.max_length allows: the dataset is not here"
+    )
+    findings = [
+        judge_memory(
+            "memory",
+            f"{name} takes {in_words(peak)} at its peak{how if name == 'train' else ''}",
+            peak,
+            free,
+            run.on_cluster,
+            items,
+        )
+    ]
     if card and not run.settings["train"]["adapter"]:
         needed = estimate.training_bytes(run.settings, shape, rows, precision)
-        findings.append(judge_memory("gpu memory", f"train takes {size(needed)}{how}", round(needed), card["free"], run.on_cluster, {"train": round(needed)}))  # fmt: skip
+        findings.append(
+            judge_memory(
+                "gpu memory",
+                f"train takes {in_words(needed)}{how}",
+                round(needed),
+                card["free"],
+                run.on_cluster,
+                {"train": round(needed)},
+            )
+        )
     return findings
 
 
-def judge_memory(name: str, told: str, needed: int, free: int, elsewhere: bool, items: dict[str, int | None]) -> Finding:  # fmt: skip
+def judge_memory(
+    name: str, told: str, needed: int, free: int, elsewhere: bool, items: dict[str, int | None]
+) -> Finding:
     """Compare a peak with what is free; of a cluster's nodes this machine says nothing."""
     state: State = "problem" if needed > free else "warning" if needed > TIGHT * free else "ok"
     if elsewhere and state != "ok":
         state = "warning"
-    remedy = "" if state == "ok" else ("see that the nodes have it (mem_mb in the profile)" if elsewhere else
-             "close other programs; train.batch_size lower, train.gradient_checkpointing: true; a smaller model or a larger machine")  # fmt: skip
-    return Finding(name, state, f"{told}; {size(free)} free", remedy, items)
+    remedy = (
+        ""
+        if state == "ok"
+        else (
+            "see that the nodes have it (mem_mb in the profile)"
+            if elsewhere
+            else "close other programs; train.batch_size lower, train.gradient_checkpointing: true; a smaller model or a larger machine"
+        )
+    )
+    return Finding(name, state, f"{told}; {in_words(free)} free", remedy, items)
