@@ -1,4 +1,4 @@
-"""scripts/checks.py: what it says of machines, networks and configs that are well or not."""
+"""scripts/check_machine.py: what it says of machines, networks and configs that are well or not."""
 
 import json
 import os
@@ -79,7 +79,7 @@ def make_run(**changes: Any) -> Run:
 def doctor(*arguments: str | Path, folder: Path = ROOT, **environment: str) -> tuple[int, str]:
     """Run the program; return exit status and output. It may take as long as a busy machine needs."""
     done = subprocess.run(
-        [sys.executable, folder / "scripts/checks.py", "--seconds", "120", *arguments],
+        [sys.executable, folder / "scripts/check_machine.py", "--seconds", "120", *arguments],
         capture_output=True, text=True, env=os.environ | environment,
     )  # fmt: skip
     return done.returncode, done.stdout + done.stderr
@@ -140,7 +140,9 @@ def test_real_job_without_a_network_cannot_work(checkout: Path, offline: dict[st
 
 def test_missing_packages_are_named_by_the_standard_library_alone() -> None:
     done = subprocess.run(
-        [sys.executable, "-I", "-S", ROOT / "scripts/checks.py"], capture_output=True, text=True
+        [sys.executable, "-I", "-S", ROOT / "scripts/check_machine.py"],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 1 and done.stderr == ""
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("problem  packages"))

@@ -78,8 +78,9 @@ def _disk_sizes(settings: Any, shape: Shape | None, rows: Rows | None) -> Iterat
         count = sum(rows.counts.values())
         yield "dataset", round(count * (rows.text_bytes + 50))
         tokens = sum(map(sum, rows.tokens.values())) / max(sum(map(len, rows.tokens.values())), 1)
-        frame = len((settings["task"]["system"] + settings["task"]["prompt"]).encode()) + 60  # the template
-        yield "tokens", round(count * (rows.text_bytes + frame + 4 * tokens + 50))
+        frame = len((settings["task"]["system"] + settings["task"]["prompt"]).encode())
+        # 50 bytes of a chat template, 50 of the other columns.
+        yield "tokens", round(count * (rows.text_bytes + frame + 4 * tokens + 100))
     if not shape:
         return
     weights = 2 * shape.parameters
