@@ -63,6 +63,10 @@ def told(count: int | None) -> str:
 
 def hide_user(text: str) -> str:
     """Return text without secrets, without the user's name, and with the checkout as its root."""
-    text = redact(text).replace(str(ROOT), ".").replace(str(Path.home()), "~")
-    user = getpass.getuser()
+    text = redact(text).replace(str(ROOT), ".")
+    try:
+        home, user = str(Path.home()), getpass.getuser()
+    except (KeyError, OSError, RuntimeError, ImportError):  # a number without an account
+        return text
+    text = text.replace(home, "~") if len(home) > 1 else text
     return text if user == "root" else re.sub(rf"\b{re.escape(user)}\b", "user", text)
