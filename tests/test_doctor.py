@@ -404,6 +404,18 @@ def test_memory_is_compared_with_the_estimate(
     assert finding.state == ("warning" if state == "problem" else "ok"), "the nodes may have it"
 
 
+def test_gpu_has_a_line_of_its_own() -> None:
+    run = make_run()
+    card = GPU | {"free": 4_000_000_000}
+    run.facts["torch"] = Once(lambda: probe.Answer({"device": "cuda", "gpus": [card], "cpu": {}}))
+    found = {finding.name: finding for finding in storage.check_memory(run)}
+    assert found["gpu memory"].state == "problem", "rows of 512 tokens, four at a time"
+    assert "the dataset is not here" in found["gpu memory"].detail
+    run.settings["train"]["gradient_checkpointing"] = True
+    found = {finding.name: finding for finding in storage.check_memory(run)}
+    assert found["gpu memory"].state == "ok"
+
+
 def test_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
     assert states(storage.check_folders(make_run())) == {"folders": "ok"}
     monkeypatch.setattr(os, "access", lambda path, mode: "resources" in str(path))

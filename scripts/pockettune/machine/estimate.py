@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pockettune.common.disk import used_bytes
 from pockettune.machine.quantized import tensor_bytes
 from pockettune.machine.rows import Rows
 from pockettune.machine.run import Run
@@ -24,8 +25,9 @@ LOGS = 3_000_000  # logs, metrics and report
 TOKENS_A_PASS = {"cpu": 2048, "cuda": 16384}  # as in runtimes/packing, which imports PyTorch
 # Resident sets of programs before a model is loaded: the libraries.
 TORCH, SCORING, LLAMA, CONVERT, TABLES = 480e6, 600e6, 240e6, 310e6, 400e6
-# What oneDNN keeps compiled for matrices in bf16 on a CPU: 1,024 kernels, since every length of a
-# pass needs its own. The demo's training held 0.66 GB of it, growth.py's 0.93 GB.
+# What a training in bf16 on a CPU holds besides, fitted: 0.66 GB in the demo, 0.93 GB in growth.py.
+# Part of it are the kernels that oneDNN compiles and keeps for every length of a pass: with
+# ONEDNN_PRIMITIVE_CACHE_CAPACITY=1 the demo's first 38 updates peaked at 813 MiB instead of 943.
 KERNELS = 0.75e9
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 ADAM = 4 * 4  # bytes a trainable parameter: itself, its gradient and two moments, in fp32
@@ -86,7 +88,11 @@ def _disk_sizes(settings: Any, shape: Shape | None, rows: Rows | None) -> Iterat
     weights = 2 * shape.parameters
     extra = shape.extra_bytes or VOCABULARY * shape.vocabulary
     yield "base model", shape.file_bytes or weights + extra  # a hub's file is moved, not copied
-    yield "adapter", 4 * trainable(settings["train"], shape) + 30_000
+    own = settings["train"]["adapter"]
+    yield (
+        "adapter",
+        used_bytes(Path(own)) if own else 4 * trainable(settings["train"], shape) + 30_000,
+    )
     # Weights, two moments and the best weights so far; the old one stays until the new is written.
     yield "checkpoint", 2 * 16 * trainable(settings["train"], shape)
     yield "merged", weights + extra
@@ -99,7 +105,7 @@ def _disk_sizes(settings: Any, shape: Shape | None, rows: Rows | None) -> Iterat
 
 
 def trainable(train: Any, shape: Shape) -> int:
-    """Return the adapter's parameters; of one trained elsewhere, whose size is not read here, 0."""
+    """Return the parameters that are trained: none, where the adapter comes from elsewhere."""
     if train.get("adapter"):
         return 0
     chosen = [t for t in shape.tensors if t.name in train["target_modules"] and len(t.shape) == 2]
@@ -137,7 +143,7 @@ def _memory_sizes(
     if not settings["train"]["adapter"]:
         loading = BYTES[precision] * shape.parameters + stored  # the file mapped beside its copy
         kernels = KERNELS if precision == "bf16" else 0
-        computing = training_bytes(settings, shape, rows, precision) + kernels
+        computing = training_bytes(settings, shape, rows, device, precision) + kernels
         yield "train", TORCH + (stored if device == "cuda" else max(loading, computing))
     # Loading in fp32 keeps the file mapped beside its copy.
     yield "merge", TORCH + exact + stored
@@ -148,7 +154,9 @@ def _memory_sizes(
     yield "evaluate (llama.cpp)", LLAMA + f16
 
 
-def training_bytes(settings: Any, shape: Shape, rows: Rows | None, precision: str) -> float:
+def training_bytes(
+    settings: Any, shape: Shape, rows: Rows | None, device: str, precision: str
+) -> float:
     """Return what a training holds: weights, adapter, and the activations of its longest pass.
 
     On the device that trains: a GPU's memory, or the process's.
@@ -163,13 +171,13 @@ def training_bytes(settings: Any, shape: Shape, rows: Rows | None, precision: st
         width * (shape.parameters - body)
         + (0.52 if train["quantization"] == "nf4" else width) * body
     )
-    tokens = pass_tokens(settings, rows)
+    tokens = pass_tokens(settings, rows, device)
     layer = 18 * shape.hidden + 9 * shape.intermediate  # numbers kept of a token for the way back
     kept = (1.3 if train["gradient_checkpointing"] else shape.layers) * layer * width * tokens
     return weights + ADAM * trainable(train, shape) + kept
 
 
-def pass_tokens(settings: Any, rows: Rows | None, device: str = "cpu") -> int:
+def pass_tokens(settings: Any, rows: Rows | None, device: str) -> int:
     """Return the tokens of the longest forward pass: of the rows if known, else the most allowed."""
     train, most = settings["train"], TOKENS_A_PASS[device]
     if train["batch_tokens"]:

@@ -132,7 +132,7 @@ def check_memory(run: Run) -> list[Finding]:
         )
     ]
     if card and not run.settings["train"]["adapter"]:
-        needed = estimate.training_bytes(run.settings, shape, rows, precision)
+        needed = estimate.training_bytes(run.settings, shape, rows, device, precision)
         findings.append(
             judge_memory(
                 "gpu memory",
