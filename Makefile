@@ -1,4 +1,4 @@
-# setup | demo | test | test-slurm | test-kills | lint | bench | bench-train | clean | clean-scratch.
+# setup | doctor | demo | test | test-slurm | test-kills | lint | bench | bench-train | clean | clean-scratch.
 # The README gives the first three in plain commands too.
 
 PYTHON ?= python3
@@ -18,7 +18,7 @@ BUILD = $(BIN)/python -m pip wheel --quiet --no-deps $(if $(CMAKE_ARGS),--no-cac
 # Modules are compiled when they are first imported: most never are.
 INSTALL = $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 
-.PHONY: setup demo test test-slurm test-kills lint bench bench-train clean clean-scratch
+.PHONY: setup doctor demo test test-slurm test-kills lint bench bench-train clean clean-scratch
 
 setup: .venv/installed
 
@@ -40,6 +40,12 @@ setup: .venv/installed
 .venv/packages:
 	grep -v '^llama-cpp-python' requirements.txt > .venv/requirements.txt
 	$(INSTALL) --requirement .venv/requirements.txt
+
+# Says what is missing before the hours are spent; needs no set-up, so that it can say that too.
+# make doctor CONFIG=runs/mine.yaml PROFILE=profiles/slurm
+doctor:
+	@$(or $(wildcard $(BIN)/python),$(wildcard $(BIN)/python.exe),$(PYTHON)) scripts/check_machine.py \
+		$(if $(CONFIG),--configfile $(CONFIG)) $(if $(PROFILE),--profile $(PROFILE))
 
 demo: setup
 	$(BIN)/snakemake --cores all --configfile runs/demo.yaml

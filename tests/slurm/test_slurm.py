@@ -14,7 +14,9 @@ import yaml
 
 from cluster import Cluster, Run, query, unavailable, wait_until, write_profile
 from comparison import differing_files
-from conftest import SMALL, copy_checkout, run_snakemake
+from conftest import ROOT, SMALL, copy_checkout, run_snakemake
+from pockettune.machine import run as machine_run
+from pockettune.machine.slurm import check_slurm
 
 LOCAL = {"fetch_model", "fetch_dataset", "fetch_converter", "compare", "report", "all"}
 ADAPTER = "results/small/adapter"
@@ -236,3 +238,16 @@ def test_killed_snakemake_leaves_a_job_that_is_named(
     wait_until(lambda: not cluster.jobs("RUNNING", "COMPLETING"), 60, "the job's end")
     assert train().finish() == 0
     assert resumed(checkout) == 1
+
+
+def test_doctor_compares_the_profile_with_this_cluster(cluster: Cluster) -> None:
+    """It has the profile's partitions and no accounting."""
+    run = machine_run.Run(ROOT, profile=machine_run.load_profile(ROOT / "profiles/slurm"))
+    (finding,) = check_slurm(run)
+    assert finding.state == "problem" and "accounting storage is disabled" in finding.detail
+    run.profile = {**run.profile, "slurm-status-command": "squeue"}
+    (finding,) = check_slurm(run)
+    assert finding.state == "ok" and "partitions cpu, gpu" in finding.detail
+    run.profile = {**run.profile, "set-resources": {"train": {"slurm_partition": "a100"}}}
+    (finding,) = check_slurm(run)
+    assert finding.state == "problem" and "no partition a100 (of train)" in finding.detail

@@ -1,0 +1,187 @@
+"""What a run will take of disk and memory, from its config, the model's shape and the rows.
+
+Decimal bytes throughout. A number that cannot be known yet is None and shown as unknown. Memory is
+the largest resident set of each program, as benchmarks/*.tsv has it; the constants were fitted to
+benchmarks/true_scale.md, growth.md and the demo, on Linux with PyTorch 2.13. A test holds disk and
+memory of the demo to a fifth.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pockettune.common.disk import used_bytes
+from pockettune.machine.quantized import tensor_bytes
+from pockettune.machine.rows import Rows
+from pockettune.machine.run import Run
+from pockettune.machine.shape import Shape
+
+RELEASE = 76_600_000  # bytes of llama-cpp-python's source release
+CONVERTER = 7_800_000  # of what is unpacked of it
+VOCABULARY = 39  # bytes a token in a GGUF file: its text, type and merges
+LOGS = 3_000_000  # logs, metrics and report
+
+TOKENS_A_PASS = {"cpu": 2048, "cuda": 16384}  # as in runtimes/packing, which imports PyTorch
+# Resident sets of programs before a model is loaded: the libraries.
+TORCH, SCORING, LLAMA, CONVERT, TABLES = 480e6, 600e6, 240e6, 310e6, 400e6
+# What a training in bf16 on a CPU holds besides, fitted: 0.66 GB in the demo, 0.93 GB in growth.py.
+# Part of it are the kernels that oneDNN compiles and keeps for every length of a pass: with
+# ONEDNN_PRIMITIVE_CACHE_CAPACITY=1 the demo's first 38 updates peaked at 813 MiB instead of 943.
+KERNELS = 0.75e9
+BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+ADAM = 4 * 4  # bytes a trainable parameter: itself, its gradient and two moments, in fp32
+
+
+@dataclass(frozen=True)
+class Item:
+    """Something that a run writes: where, how many bytes, and whether it is there already."""
+
+    path: Path
+    size: int | None
+    there: bool
+
+    @property
+    def missing(self) -> int:
+        return 0 if self.there else self.size or 0
+
+
+def disk_items(run: Run, shape: Shape | None, rows: Rows | None) -> dict[str, Item]:
+    """Return what a run leaves on the disk, and the checkpoint that comes and goes."""
+    settings = run.settings
+    sizes = dict(_disk_sizes(settings, shape, rows))
+    places = {
+        "base model": run.base,
+        "llama.cpp's source": run.path(f"resources/downloads/llama_cpp_python-{run.converter_version}.tar.gz"),
+        "llama.cpp's converter": run.converter,
+        "dataset": run.results / "dataset",
+        "tokens": run.results / "tokens",
+        "adapter": run.results / "adapter",
+        "checkpoint": run.results / "scratch",
+        "merged": run.results / "merged",
+        "f16.gguf": run.results / "f16.gguf",
+        "logits": run.results / "logits/f16.npy",
+        "logs and report": run.results / "report.html",
+        **{f"{variant}.gguf": run.results / f"{variant}.gguf" for variant in settings["quantize"]},
+    }  # fmt: skip
+    items = {name: Item(path, sizes.get(name), path.exists()) for name, path in places.items()}
+    if items["adapter"].there or settings["train"]["adapter"]:
+        del items["checkpoint"]
+    if items["llama.cpp's converter"].there:
+        del items["llama.cpp's source"]
+    return items
+
+
+def _disk_sizes(settings: Any, shape: Shape | None, rows: Rows | None) -> Iterator[tuple[str, int]]:
+    yield "llama.cpp's source", RELEASE
+    yield "llama.cpp's converter", CONVERTER
+    yield "logs and report", LOGS
+    if rows:
+        count = sum(rows.counts.values())
+        yield "dataset", round(count * (rows.text_bytes + 50))
+        tokens = sum(map(sum, rows.tokens.values())) / max(sum(map(len, rows.tokens.values())), 1)
+        frame = len((settings["task"]["system"] + settings["task"]["prompt"]).encode())
+        # 50 bytes of a chat template, 50 of the other columns.
+        yield "tokens", round(count * (rows.text_bytes + frame + 4 * tokens + 100))
+    if not shape:
+        return
+    weights = 2 * shape.parameters
+    extra = shape.extra_bytes or VOCABULARY * shape.vocabulary
+    yield "base model", shape.file_bytes or weights + extra  # a hub's file is moved, not copied
+    own = settings["train"]["adapter"]
+    yield (
+        "adapter",
+        used_bytes(Path(own)) if own else 4 * trainable(settings["train"], shape) + 30_000,
+    )
+    # Weights, two moments and the best weights so far; the old one stays until the new is written.
+    yield "checkpoint", 2 * 16 * trainable(settings["train"], shape)
+    yield "merged", weights + extra
+    vocabulary = VOCABULARY * shape.vocabulary
+    yield "f16.gguf", tensor_bytes(shape, None) + vocabulary
+    if rows:
+        yield "logits", 2 * rows.scored(settings["evaluate"]) * shape.vocabulary
+    for variant, recipe in settings["quantize"].items():
+        yield f"{variant}.gguf", tensor_bytes(shape, recipe) + vocabulary
+
+
+def trainable(train: Any, shape: Shape) -> int:
+    """Return the parameters that are trained: none, where the adapter comes from elsewhere."""
+    if train.get("adapter"):
+        return 0
+    chosen = [t for t in shape.tensors if t.name in train["target_modules"] and len(t.shape) == 2]
+    magnitudes = sum(t.shape[0] for t in chosen) if train["variant"] == "dora" else 0
+    return train["rank"] * sum(map(sum, (t.shape for t in chosen))) + magnitudes
+
+
+def memory_items(
+    run: Run, shape: Shape | None, rows: Rows | None, device: str, precision: str
+) -> dict[str, int | None]:
+    """Return the peak memory of each program that takes much; on a GPU of its host's side."""
+    names: tuple[str, ...] = (
+        "tokenize",
+        "train",
+        "merge",
+        "convert",
+        "check_parity",
+        "quantize",
+        "evaluate (PyTorch)",
+        "evaluate (llama.cpp)",
+    )
+    known = dict(_memory_sizes(run.settings, shape, rows, device, precision)) if shape else {}
+    if run.settings["train"]["adapter"]:
+        names = tuple(name for name in names if name != "train")
+    return {name: round(known[name]) if name in known else None for name in names}
+
+
+def _memory_sizes(
+    settings: Any, shape: Shape, rows: Rows | None, device: str, precision: str
+) -> Iterator[tuple[str, float]]:
+    exact, stored = 4.0 * shape.parameters, 2.0 * shape.parameters
+    f16 = tensor_bytes(shape, None)
+    largest = max((tensor.elements for tensor in shape.tensors), default=0)
+    yield "tokenize", TABLES + 700 * shape.vocabulary
+    if not settings["train"]["adapter"]:
+        loading = BYTES[precision] * shape.parameters + stored  # the file mapped beside its copy
+        kernels = KERNELS if precision == "bf16" else 0
+        computing = training_bytes(settings, shape, rows, device, precision) + kernels
+        yield "train", TORCH + (stored if device == "cuda" else max(loading, computing))
+    # Loading in fp32 keeps the file mapped beside its copy.
+    yield "merge", TORCH + exact + stored
+    yield "convert", CONVERT + 2 * largest + 500 * shape.vocabulary
+    yield "check_parity", SCORING + f16 + exact + stored
+    yield "quantize", 60e6 + f16
+    yield "evaluate (PyTorch)", SCORING + exact + stored
+    yield "evaluate (llama.cpp)", LLAMA + f16
+
+
+def training_bytes(
+    settings: Any, shape: Shape, rows: Rows | None, device: str, precision: str
+) -> float:
+    """Return what a training holds: weights, adapter, and the activations of its longest pass.
+
+    On the device that trains: a GPU's memory, or the process's.
+    """
+    train = settings["train"]
+    width = BYTES[precision]
+    body = sum(
+        t.elements for t in shape.tensors if t.layer or t.name not in ("embed_tokens", "lm_head")
+    )
+    # NF4 packs the layers' matrices: half a byte a weight, and an eighth of a bit for the scales.
+    weights = (
+        width * (shape.parameters - body)
+        + (0.52 if train["quantization"] == "nf4" else width) * body
+    )
+    tokens = pass_tokens(settings, rows, device)
+    layer = 18 * shape.hidden + 9 * shape.intermediate  # numbers kept of a token for the way back
+    kept = (1.3 if train["gradient_checkpointing"] else shape.layers) * layer * width * tokens
+    return weights + ADAM * trainable(train, shape) + kept
+
+
+def pass_tokens(settings: Any, rows: Rows | None, device: str) -> int:
+    """Return the tokens of the longest forward pass: of the rows if known, else the most allowed."""
+    train, most = settings["train"], TOKENS_A_PASS[device]
+    if train["batch_tokens"]:
+        return min(train["batch_tokens"], most)
+    if rows:
+        return rows.longest_pass(train["batch_size"], most)
+    return min(train["batch_size"] * settings["tokenize"]["max_length"], most)
