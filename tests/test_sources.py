@@ -271,7 +271,7 @@ def test_second_run_waits_for_the_first(
     ]
     told = [process.communicate()[1] for process in runs]
     assert [process.returncode for process in runs] == [0, 0], told
-    assert sum("another run is fetching" in text for text in told) == 1
+    assert sum("another run is at model" in text for text in told) == 1
     for name in ("one", "two"):
         assert sha256(tmp_path / name / WEIGHTS) == sha256(hub.folder / WEIGHTS)
 

@@ -10,7 +10,7 @@ import hashlib
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -22,6 +22,7 @@ from pockettune.common.checksums import git_blob_id, sha256
 from pockettune.common.errors import DiskFullError, UserError, list_faults
 from pockettune.common.program import logger
 from pockettune.common.redaction import redact
+from pockettune.sources.bundle import bundled_names, bundled_repository, offline_folder
 from pockettune.sources.listings import (
     Kind,
     RemoteFile,
@@ -49,37 +50,80 @@ def repository(
     kind: Kind, name: str, revision: str, downloads: Path, *,
     pins: Mapping[str, str] | None = None, keep: bool,
 ) -> Iterator[Path]:  # fmt: skip
-    """Yield a folder below `downloads` with the safe files of a repository.
+    """Yield a folder with the safe files of a repository: of an offline bundle, or downloaded.
 
     Another run that wants the same waits until the block is left; then the folder is removed, or
     kept for the next time. `pins` are the SHA-256 checksums that files must have: of all weights, if
     of any. What a killed run or a source that failed left behind is gone on with. Raises UserError
     with each source's reason and the ways on, DiskFullError where there is no room.
     """
-    from filelock import FileLock, Timeout
-
-    folder = downloads / f"{kind}s--{name}@{revision}".replace("/", "--")
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_name(f"{folder.name}.lock"))
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        logger.info("another run is fetching %s %s: waiting for it", kind, name)
-        lock.acquire()
-    try:
-        folder.mkdir(exist_ok=True)  # the other run may have removed it
-        download(kind, name, revision, folder, pins or {})
+    own_name = folder_name(kind, name, revision)
+    downloads.mkdir(parents=True, exist_ok=True)
+    with _only_run(downloads / f"{own_name}.lock", f"{kind} {name}"):
+        failures = []
+        if listed := bundled_files(downloads, kind, own_name):
+            check_pins(listed, pins or {})
+            place = offline_folder(downloads) / "hub" / own_name
+            logger.info("taking %s %s at %s from %s", kind, name, revision, place)
+            yield place
+            return
+        if others := bundled_names(downloads):
+            here = offline_folder(downloads)
+            failures.append(f"{here} holds {others}, this config needs {own_name}")
+            logger.warning("%s", failures[0])
+        folder = downloads / own_name
+        folder.mkdir(exist_ok=True)
+        download(kind, name, revision, folder, pins or {}, failures)
         yield folder
         if not keep:
             shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def _only_run(path: Path, what: str) -> Iterator[None]:
+    """Hold the lock at `path` during the block, so that two runs do not fetch the same at once."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        logger.info("another run is at %s: waiting for it", what)
+        lock.acquire()
+    try:
+        yield
     finally:
         lock.release()
 
 
-def download(kind: Kind, name: str, revision: str, folder: Path, pins: Mapping[str, str]) -> None:
-    """Download a repository into `folder`, trying the sources in turn."""
+def folder_name(kind: Kind, name: str, revision: str) -> str:
+    """Return how the folder of a repository is called."""
+    return f"{kind}s--{name}@{revision}".replace("/", "--")
+
+
+def bundled_files(downloads: Path, kind: Kind, name: str) -> list[RemoteFile]:
+    """Return the files that an offline bundle has of a repository, after a look at their bytes."""
+    files = bundled_repository(downloads, name)
+    if unsafe := [str(path) for path in files if not is_safe(path.name, kind)]:
+        raise UserError(
+            f"{offline_folder(downloads)}: {list_faults(unsafe)} in {name} could run code; remove"
+            " the folder and make the bundle again"
+        )
+    return [
+        RemoteFile(str(path), "", entry["size"], entry["sha256"]) for path, entry in files.items()
+    ]
+
+
+def download(
+    kind: Kind, name: str, revision: str, folder: Path, pins: Mapping[str, str],
+    failures: Sequence[str] = (),
+) -> None:  # fmt: skip
+    """Download a repository into `folder`, trying the sources in turn.
+
+    `failures` are the places that were looked into before.
+    """
     sources = os.environ.get("POCKETTUNE_HUB_SOURCES", "huggingface").split()
-    failures = []
+    failures = list(failures)
     for position, source in enumerate(map(read_source, sources)):
         logger.info("fetching %s %s at %s from %s", kind, name, revision, source.text)
         try:
