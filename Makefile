@@ -7,6 +7,12 @@ ifeq ($(OS),Windows_NT)
 BIN = .venv/Scripts
 endif
 
+# The wheels of an offline bundle, where one was unpacked, take the place of the index.
+ifneq ($(wildcard resources/offline/wheels),)
+export PIP_NO_INDEX = 1
+export PIP_FIND_LINKS = resources/offline/wheels
+endif
+
 # Built without what this project does not use, and as a unity build: a minute and a half on two
 # cores instead of eight. Where that fails, the plain build follows.
 QUICK_BUILD = -DLLAVA_BUILD=OFF -DCMAKE_UNITY_BUILD=ON \

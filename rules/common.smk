@@ -189,6 +189,11 @@ def model_files():
     return [str(path) for path in [*known, *weights]]
 
 
+def hub_model():
+    """Return the base model's folder, or nothing where it is a local one, which needs no hub."""
+    return [] if config["model"]["path"] else BASE_MODEL
+
+
 def adapter_files():
     """Return the files of an adapter that was trained elsewhere."""
     names = ("adapter_config.json", "adapter_model.safetensors")
@@ -238,3 +243,5 @@ def repeat_errors(snakemake_logs):
 
 BASE_MODEL = base_model()
 CONVERTER = f"resources/llama.cpp-{LLAMA_CPP_PYTHON}"
+# Archives in resources/downloads that something is taken out of, for the offline bundle.
+PACKAGES = [f"llama_cpp_python-{LLAMA_CPP_PYTHON}.tar.gz"]

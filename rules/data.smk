@@ -5,6 +5,8 @@
 localrules:
     fetch_dataset,
     fetch_converter,
+    pack_offline,
+    pack_offline_with_wheels,
 
 
 if GGUF_BASE:
@@ -89,6 +91,47 @@ rule fetch_converter:
         version=LLAMA_CPP_PYTHON,
     shell:
         command("params.version downloads=resources/downloads output=output.converter")
+
+
+# All that this config needs from outside, in one file for a machine without a network. Made only
+# when it is asked for; scripts/unpack_offline.py places it there.
+rule pack_offline:
+    input:
+        **program("pack_offline"),
+        model=hub_model(),
+        converter=CONVERTER,
+        requirements="requirements.txt",
+        constraints="constraints.txt",
+    output:
+        bundle="<results>/offline.tar",
+    log:
+        "<results>/logs/pack_offline.log",
+    benchmark:
+        "<results>/benchmarks/pack_offline.tsv"
+    conda:
+        "../envs/data.yaml"
+    params:
+        settings=settings("model", "dataset"),
+        packages=PACKAGES,
+        wheels="none",
+    shell:
+        command(
+            "params.settings input.model params.packages downloads=resources/downloads"
+            " params.wheels input.requirements input.constraints output=output.bundle"
+        )
+
+
+use rule pack_offline as pack_offline_with_wheels with:
+    output:
+        bundle="<results>/offline-with-wheels.tar",
+    log:
+        "<results>/logs/pack_offline_with_wheels.log",
+    benchmark:
+        "<results>/benchmarks/pack_offline_with_wheels.tsv"
+    params:
+        settings=settings("model", "dataset"),
+        packages=PACKAGES,
+        wheels="all",
 
 
 rule tokenize:

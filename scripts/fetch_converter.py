@@ -17,6 +17,7 @@ from pathlib import Path
 from pockettune.common import disk, program
 from pockettune.common.checksums import sha256
 from pockettune.common.errors import UserError
+from pockettune.sources.bundle import offline_folder
 
 # Of the source releases that were looked at; another version needs its own line.
 SHA256 = {"0.3.36": "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"}
@@ -31,7 +32,10 @@ def fetch_converter(version: str, downloads: Path, output: Path) -> None:
     """Download the source release, verify it, and unpack the converter."""
     if version not in SHA256:
         raise UserError(f"llama-cpp-python {version}: known are {', '.join(SHA256)}")
-    archive = downloads / f"llama_cpp_python-{version}.tar.gz"
+    name = f"llama_cpp_python-{version}.tar.gz"
+    archive = offline_folder(downloads) / "packages" / name
+    if not archive.exists():
+        archive = downloads / name
     if not archive.exists():
         disk.require_space(archive, SIZE)
         with disk.tell_full_disk(archive, archive, SIZE):

@@ -6,23 +6,21 @@ Output  {train,validation,test}.jsonl: id, the task's fields, and whether the te
 """
 
 import argparse
-import glob
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from pockettune.common import disk, program
+from pockettune.common import program
 from pockettune.common.errors import UserError, list_faults
 from pockettune.data.records import read_table, write_records
-from pockettune.sources import hub
+from pockettune.sources.splits import SPLITS, read_repository
 from pockettune.tasks import Record, Task, load_task
-
-SPLITS = ("train", "validation", "test")
+from pockettune.tasks.classification import as_key
 
 
 def fetch_dataset(
@@ -39,7 +37,8 @@ def fetch_dataset(
     if dataset["files"]:
         tables = read_files(dataset["files"], dataset["split"], columns)
     else:
-        tables = read_hub(dataset["name"], dataset["revision"], columns, downloads)
+        tables = read_repository(dataset, columns, downloads)
+    tables = drop_unlabelled(tables, dataset, task_settings["labels"])
     records = {split: read_rows(table, split, task) for split, table in tables.items()}
     mark_seen(records, task)
     audit = audit_splits(records, task)
@@ -54,6 +53,9 @@ def fetch_dataset(
     for split, facts in audit["splits"].items():
         seen = f", {facts['seen_in_train']} of them stand in train" if split != "train" else ""
         program.logger.info("%s: %d rows%s", split, facts["rows"], seen)
+        if len(facts["answers"]) == 1:  # as the first rows of a dataset that is sorted by label
+            answer = next(iter(facts["answers"]))
+            program.logger.warning("%s: every row is answered %s; take other rows", split, answer)
 
 
 def file_states(files: Mapping[str, str] | None) -> dict[str, tuple[int, ...]]:
@@ -84,81 +86,35 @@ def read_files(
     return {name: table.iloc[np.sort(rows)] for name, rows in parts.items()}
 
 
-def read_hub(
-    name: str, revision: str, columns: list[str], downloads: Path
+def drop_unlabelled(
+    tables: Mapping[str, pd.DataFrame], dataset: Mapping[str, Any], labels: Mapping[str, str]
 ) -> dict[str, pd.DataFrame]:
-    """Download a dataset repository and read its splits through the datasets library."""
-    folder = downloads / f"{name.replace('/', '--')}@{revision}"
-    place = str(folder.resolve())
-    if glob.escape(place) != place:
-        raise UserError(
-            f"dataset {name}: the datasets library takes *, ? and [ in a folder's name for a pattern"
-            f" and finds nothing in {place}; use a checkout elsewhere, or files of your own"
-            " (dataset.files)"
-        )
-    hub.download("dataset", name, revision, folder)
-    check_card(name, folder / "README.md")
-    cache = folder.with_name(f"{folder.name}.arrow")
-    try:
-        with disk.tell_full_disk(cache, cache):
-            tables = load_splits(name, folder, cache)
-    finally:
-        program.remove(cache)
-    missing = [split for split in SPLITS if split not in tables]
-    if missing:
-        raise UserError(
-            f"dataset {name} has no split {', '.join(missing)}; it has {', '.join(tables)}:"
-            " download it and name the files in dataset.files"
-        )
-    for split in SPLITS:
-        absent = [column for column in columns if column not in tables[split].columns]
-        if absent:
-            raise UserError(
-                f"dataset {name}, {split}: no column {', '.join(absent)}; it has {', '.join(tables[split].columns)}"
-            )
-    return {split: tables[split] for split in SPLITS}
+    """Leave out the rows that have no label, and say how many; a split must keep some.
 
-
-def load_splits(name: str, folder: Path, cache: Path) -> dict[str, pd.DataFrame]:
-    """Read all splits of a downloaded repository; the library writes them to `cache` first."""
-    # Imported here because it takes seconds that a local file need not wait for.
-    from datasets import load_dataset
-
-    try:
-        loaded = load_dataset(str(folder), cache_dir=str(cache))
-    except Exception as error:
-        raise UserError(f"dataset {name}: its files cannot be read: {error}") from error
-    return {split: rows.to_pandas() for split, rows in loaded.items()}
-
-
-def check_card(name: str, card: Path) -> None:
-    """Raise UserError where a dataset's README.md sends the datasets library out of its folder.
-
-    Its header may name the files of each split, and the library follows it to any file of this
-    machine and any address.
+    Public test sets hide their labels: the cell is empty, or -1 where no label is called so. Raises
+    UserError where dataset.unlabelled is refuse, unless every row has one.
     """
-    if not card.exists():
-        return
-    from huggingface_hub import DatasetCard  # as the library reads it
-
-    try:
-        header = DatasetCard.load(card, ignore_metadata_errors=True).data.to_dict()
-    except Exception as error:
-        raise UserError(f"dataset {name}: its README.md cannot be read: {error}") from error
-    paths = dict.fromkeys(_texts(header.get("configs")))
-    hub.refuse_outside(f"dataset {name}: README.md", paths)
-
-
-def _texts(value: object) -> Iterator[str]:
-    """Yield every text in nested lists and mappings."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from _texts(part)
-    elif isinstance(value, list):
-        for part in value:
-            yield from _texts(part)
+    missing = {"", "-1"} - {*labels, *labels.values()}
+    kept, counts = {}, []
+    for split, table in tables.items():
+        unlabelled = table[dataset["label_column"]].map(as_key).isin(missing)
+        kept[split] = table[~unlabelled]
+        if count := int(unlabelled.sum()):
+            first = table.index[unlabelled][0] + 1
+            counts.append(f"{split} {count:,} of {len(table):,}, the first is row {first}")
+    if counts and dataset["unlabelled"] == "refuse":
+        raise UserError(
+            f"dataset: rows without a label (an empty cell, or -1): {list_faults(counts)};"
+            " dataset.unlabelled: drop leaves them out"
+        )
+    if empty := [split for split, table in kept.items() if table.empty]:
+        raise UserError(
+            f"dataset: no row of {', '.join(empty)} has a label; take other rows for it, for example"
+            ' dataset.splits: {train: "train[10%:]", validation: "train[:10%]", test: validation}'
+        )
+    if counts:
+        program.logger.warning("rows without a label are left out: %s", "; ".join(counts))
+    return kept
 
 
 def read_rows(table: pd.DataFrame, split: str, task: Task) -> list[Record]:

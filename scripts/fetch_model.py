@@ -8,7 +8,7 @@ Output  a folder with config.json, *.safetensors, the tokenizer's files and sour
 import argparse
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,30 +21,37 @@ from pockettune.sources import hub
 
 def fetch_model(model: Mapping[str, Any], downloads: Path, output: Path) -> None:
     """Copy or download the model's safe files to `output` and check them."""
-    needed = None
     if model["path"]:
         source = Path(model["path"])
         check_links(source)
         check_model_folder(source)
         needed = sum(map(disk.used_bytes, safe_files(source)))
-    else:
-        source = downloads / f"{model['name'].replace('/', '--')}@{model['revision']}"
-        hub.download("model", model["name"], model["revision"], source)
+        place_model(source, output, origin=model["path"], place=shutil.copyfile, needed=needed)
+        return
+    name, revision = model["name"], model["revision"]
+    pins = pinned_files(model)
+    with hub.repository("model", name, revision, downloads, pins=pins, keep=False) as source:
         check_model_folder(source)
+        place_model(source, output, origin=f"{name}@{revision}", place=link_or_copy)
+
+
+def pinned_files(model: Mapping[str, Any]) -> dict[str, str]:
+    """Return the SHA-256 that each weights file must have; none where nothing is pinned."""
+    pinned = model["sha256"] or {}
+    return {"model.safetensors": pinned} if isinstance(pinned, str) else dict(pinned)
+
+
+def place_model(
+    source: Path, output: Path, *, origin: str,
+    place: Callable[[Path, Path], object], needed: int | None = None,
+) -> None:  # fmt: skip
+    """Give the model's safe files their place in `output`, with source.json."""
     with program.staged(output, needed) as partial:
         partial.mkdir()
         for path in safe_files(source):
-            if model["path"]:
-                shutil.copyfile(path, partial / path.name)
-            else:
-                link_or_copy(path, partial / path.name)
-        origin = model["path"] or f"{model['name']}@{model['revision']}"
+            place(path, partial / path.name)
         checksums = {path.name: sha256(path) for path in weight_files(partial)}
-        if not model["path"]:
-            check_weights(model, checksums)
-        program.write_json(partial / "source.json", {"origin": str(origin), "sha256": checksums})
-    if not model["path"]:
-        shutil.rmtree(source)
+        program.write_json(partial / "source.json", {"origin": origin, "sha256": checksums})
     program.logger.info("model of %s in %s", origin, output)
 
 
@@ -79,17 +86,6 @@ def check_links(folder: Path) -> None:
         raise UserError(
             f"model {folder}: links out of the folder are not followed: {list_faults(faults)};"
             " put the files themselves there"
-        )
-
-
-def check_weights(model: Mapping[str, Any], checksums: Mapping[str, str]) -> None:
-    """Raise UserError where the weights are not those that config.yaml names."""
-    expected = model["sha256"]
-    if expected and expected not in checksums.values():
-        found = ", ".join(f"{name} {digest}" for name, digest in checksums.items())
-        raise UserError(
-            f"model.sha256 is {expected}, but the hub sent {found}: these are not the pinned weights;"
-            " give the new model's checksum, or null to accept what the hub sends"
         )
 
 

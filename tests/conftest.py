@@ -25,6 +25,7 @@ os.environ |= {
     "HF_HUB_OFFLINE": "0",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "0",
+    "MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS": "1",  # its client waits seconds in between
 }
 
 # What convert_model.py writes into a file beside its weights.

@@ -20,12 +20,27 @@ class LoopbackHub(ThreadingHTTPServer):
     def __init__(self, folder: Path, name: str) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.folder, self.name = folder, name
+        self.revisions = {COMMIT, "main", "master"}
         self.damage: set[str] = set()  # files of which a byte is flipped on the way
+        # Bytes after which the next transfers of a file are cut, or stall; None lets one through.
+        self.cuts: dict[str, list[int | None]] = {}
+        self.stalls: dict[str, list[int | None]] = {}
+        self.files_elsewhere: str | None = None  # address that requests for files are sent on to
         self.requests: list[str] = []
+        self.headers: list[str] = []  # of each request, whole
+        self.ranges: list[str] = []  # the file and what was asked of it
+        self.over = threading.Event()
 
     @property
     def address(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def entry(self, protocol: str) -> str:
+        """Return this hub as an entry of hub.sources."""
+        return self.address if protocol == "huggingface" else f"modelscope:{self.address}"
+
+    def handle_error(self, *_: Any) -> None:
+        pass  # a client that goes away is what some tests are about
 
     def content(self, file: str) -> bytes:
         content = (self.folder / file).read_bytes()
@@ -49,10 +64,20 @@ class _Handler(BaseHTTPRequestHandler):
     def answer(self, send_body: bool) -> None:
         hub = self.server
         hub.requests.append(f"{self.command} {self.path}")
+        hub.headers.append(f"{self.path}\n{self.headers}")
         url = urllib.parse.urlsplit(self.path)
         path, query = urllib.parse.unquote(url.path), urllib.parse.parse_qs(url.query)
         name = re.escape(hub.name)
-        if re.fullmatch(rf"/api/(models|datasets)/{name}(/revision/[^/]+)?", path):
+        asked = re.search(r"/(?:revision|resolve|tree)/([^/]+)", path)
+        revision = query.get("Revision", [asked[1] if asked else "main"])[0]
+        if revision not in hub.revisions:
+            self.send_error(404)
+        elif hub.files_elsewhere and ("/resolve/" in path or "FilePath" in query):
+            self.send_response(302)
+            self.send_header("Location", hub.files_elsewhere + self.path)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+        elif re.fullmatch(rf"/api/(models|datasets)/{name}(/revision/[^/]+)?", path):
             self.send_json(self.huggingface_info(), send_body)
         elif re.fullmatch(rf"/api/(models|datasets)/{name}/tree/[^/]+", path):
             self.send_json(self.huggingface_tree(), send_body)
@@ -144,8 +169,22 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("X-Repo-Commit", COMMIT)
             self.send_header("Accept-Ranges", "bytes")
         self.end_headers()
-        if send_body:
-            self.wfile.write(content[start:])
+        if send_body and file:
+            self.server.ranges.append(f"{file} from {start}")
+            self.send_body(file, content[start:])
+        elif send_body:
+            self.wfile.write(content)
+
+    def send_body(self, file: str, content: bytes) -> None:
+        hub = self.server
+        for plan, stalls in ((hub.cuts, False), (hub.stalls, True)):
+            if plan.get(file) and (limit := plan[file].pop(0)) is not None:
+                self.wfile.write(content[:limit])
+                self.wfile.flush()
+                if stalls:
+                    hub.over.wait(60)
+                return
+        self.wfile.write(content)
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -160,6 +199,7 @@ def serve(folder: Path, name: str) -> Iterator[LoopbackHub]:
     try:
         yield hub
     finally:
+        hub.over.set()
         hub.shutdown()
         hub.server_close()
         thread.join()

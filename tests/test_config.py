@@ -63,7 +63,11 @@ def put(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (put("task.labels", {"0": "好", "1": "好"}), "the same word for two values"),
         (put("dataset.files", {"train": "a.csv"}), "needs train, validation and test, or all alone"),
         (put("train", None), "train is None, not a section"),
-        (put("hub.endpoint", "hf-mirror.com"), "hub.endpoint is 'hf-mirror.com'"),
+        (put("hub.endpoint", "https://a.b"), "unknown key hub.endpoint; it is an entry of hub.sources now"),
+        (put("hub.source", "modelscope"), "unknown key hub.source; it is an entry of hub.sources now"),
+        (put("hub.sources", ["hf-mirror.com"]), "hub.sources.0 is 'hf-mirror.com', not huggingface"),
+        (put("hub.send_token_to", ["https://a.b"]), "'https://a.b', not the name of a host"),
+        (put("dataset.splits", {"test": "test"}), "dataset.splits.train is missing; dataset.splits.validation is missing"),
     ],
 )  # fmt: skip
 def test_mistake_is_told_in_one_line(

@@ -498,9 +498,9 @@ MEASURED = {
 }  # fmt: skip
 
 
-def test_estimate_of_the_demo(finished_demo: Path) -> None:
+def test_estimate_of_the_small_run(finished_run: Path) -> None:
     """Within a fifth of what it left on the disk, item by item, and of each program's peak memory."""
-    run = Run(finished_demo, runs.load_config(finished_demo, [finished_demo / "runs/demo.yaml"]))
+    run = Run(finished_run, runs.load_config(finished_run, [finished_run / "runs/small.yaml"]))
     of_base, of_data = shape.find_shape_here(run), rows.find_rows(run)
     assert of_base and of_data and of_data.exact
     for name, item in estimate.disk_items(run, of_base, of_data).items():

@@ -23,6 +23,7 @@ def settings(**files: Path) -> dict[str, Any]:
         "split": {"validation": 0.2, "test": 0.3, "seed": 1},
         "text_column": "text",
         "label_column": "label",
+        "unlabelled": "refuse",
     }
 
 

@@ -181,17 +181,12 @@ def test_names_on_a_hub_that_lead_out_of_the_folder(
     repository = Path(shutil.copytree(tiny_model, tmp_path / "repository"))
     victim = tmp_path / "victim.json"
     victim.write_text("mine")
-    monkeypatch.setenv("POCKETTUNE_HUB", source)
     monkeypatch.setattr(LoopbackHub, "finish_request", lambda self, r, a: Liar(r, a, self))
     target = tmp_path / "down/loads"
     with serve(repository, NAME) as hub:
-        monkeypatch.setenv("POCKETTUNE_HUB_ENDPOINT", hub.address)
-        if source == "huggingface":
-            with pytest.raises(UserError, match=r"files outside its own folder: \.\./victim\.json"):
-                hub_module.download("model", NAME, COMMIT, target)
-        else:  # its client is told to leave such files out
-            hub_module.download("model", NAME, COMMIT, target)
-            assert (target / "model.safetensors").exists()
+        monkeypatch.setenv("POCKETTUNE_HUB_SOURCES", hub.entry(source))
+        with pytest.raises(UserError, match=r"files outside its own folder: \.\./victim\.json"):
+            hub_module.download("model", NAME, COMMIT, target, {})
     assert victim.read_text() == "mine"
     known = [repository, target]
     strays = [path for path in tmp_path.rglob("*") if path.is_file() and path != victim
@@ -200,10 +195,10 @@ def test_names_on_a_hub_that_lead_out_of_the_folder(
 
 
 def fetch_from_hub(repository: Path, target: Path, patch: pytest.MonkeyPatch) -> LoopbackHub:
-    settings = {"name": NAME, "revision": COMMIT, "files": None, "split": None,
-                "text_column": "text", "label_column": "label"}  # fmt: skip
+    settings = {"name": NAME, "revision": COMMIT, "files": None, "split": None, "subset": None,
+                "splits": None, "unlabelled": "refuse", "text_column": "text", "label_column": "label"}  # fmt: skip
     with serve(repository, NAME) as hub:
-        patch.setenv("POCKETTUNE_HUB_ENDPOINT", hub.address)
+        patch.setenv("POCKETTUNE_HUB_SOURCES", hub.address)
         fetch_dataset(settings, TASK, target / "downloads", target / "out")
     return hub
 

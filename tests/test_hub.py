@@ -11,9 +11,9 @@ import pytest
 from fetch_dataset import fetch_dataset
 from fetch_model import fetch_model
 from loopback_hub import COMMIT, serve
+from pockettune.common.checksums import sha256
 from pockettune.common.errors import UserError
 from pockettune.data.records import read_records
-from pockettune.sources import hub as hub_module
 
 NAME = "somebody/tiny"
 LABELS = {"0": "负面", "1": "正面"}
@@ -35,17 +35,16 @@ def repository(tiny_model: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(params=["huggingface", "modelscope"])
-def source(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("POCKETTUNE_HUB", request.param)
+def source(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 def test_model_comes_whole_and_without_code(
     source: str, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    digest = hub_module.sha256(repository / "model.safetensors")
+    digest = sha256(repository / "model.safetensors")
     with serve(repository, NAME) as hub:
-        monkeypatch.setenv("POCKETTUNE_HUB_ENDPOINT", hub.address)
+        monkeypatch.setenv("POCKETTUNE_HUB_SOURCES", hub.entry(source))
         fetch_model(model_settings(sha256=digest), tmp_path / "downloads", tmp_path / "model")
     for name in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "model" / name).read_bytes() == (repository / name).read_bytes()
@@ -60,7 +59,7 @@ def test_byte_flipped_on_the_way_is_noticed_and_mended(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serve(repository, NAME) as hub:
-        monkeypatch.setenv("POCKETTUNE_HUB_ENDPOINT", hub.address)
+        monkeypatch.setenv("POCKETTUNE_HUB_SOURCES", hub.address)
         hub.damage.add("model.safetensors")
         with pytest.raises(UserError, match=r"model\.safetensors was damaged on the way"):
             fetch_model(model_settings(), tmp_path / "downloads", tmp_path / "model")
@@ -74,7 +73,7 @@ def test_other_weights_than_the_pinned_are_refused(
     source: str, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serve(repository, NAME) as hub:
-        monkeypatch.setenv("POCKETTUNE_HUB_ENDPOINT", hub.address)
+        monkeypatch.setenv("POCKETTUNE_HUB_SOURCES", hub.entry(source))
         with pytest.raises(UserError, match=r"model\.sha256 is 0000.*not the pinned weights"):
             fetch_model(model_settings(sha256="0" * 64), tmp_path / "downloads", tmp_path / "model")
     assert not (tmp_path / "model").exists()
@@ -84,11 +83,11 @@ def test_unreachable_hub_names_the_three_ways_on(
     source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serve(tmp_path, NAME) as hub:
-        address = hub.address  # nobody listens there once the block is left
-    monkeypatch.setenv("POCKETTUNE_HUB_ENDPOINT", address)
+        entry = hub.entry(source)  # nobody listens there once the block is left
+    monkeypatch.setenv("POCKETTUNE_HUB_SOURCES", entry)
     with pytest.raises(UserError) as caught:
         fetch_model(model_settings(), tmp_path / "downloads", tmp_path / "model")
-    for way in (address, "hub.endpoint", "hub.source", "model.path"):
+    for way in (entry, "hub.sources", "model.path", "offline bundle"):
         assert way in str(caught.value)
     assert not (tmp_path / "model").exists()
 
@@ -101,10 +100,10 @@ def test_dataset_comes_with_its_splits(
     for split, text in [("train", "很好"), ("validation", "很差"), ("test", "很好")]:
         table = pd.DataFrame({"text": [text], "label": [int(text == "很好")]})
         table.to_parquet(repository / f"{split}-00000-of-00001.parquet")
-    dataset = {"name": NAME, "revision": COMMIT, "files": None, "split": None,
-               "text_column": "text", "label_column": "label"}  # fmt: skip
+    dataset = {"name": NAME, "revision": COMMIT, "files": None, "split": None, "subset": None,
+               "splits": None, "unlabelled": "refuse", "text_column": "text", "label_column": "label"}  # fmt: skip
     with serve(repository.parent, NAME) as hub:
-        monkeypatch.setenv("POCKETTUNE_HUB_ENDPOINT", hub.address)
+        monkeypatch.setenv("POCKETTUNE_HUB_SOURCES", hub.entry(source))
         fetch_dataset(dataset, TASK, tmp_path / "downloads", tmp_path / "dataset")
     assert list(read_records(tmp_path / "dataset/test.jsonl")) == [
         {"id": "test-1", "text": "很好", "label": "正面", "seen": True}

@@ -23,7 +23,7 @@ class Classification:
         text, value = row[self.text_column], row[self.label_column]
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{self.text_column} is empty")
-        label = _as_key(value)
+        label = as_key(value)
         if label in self.labels:
             return {"text": text, "label": self.labels[label]}
         if label in self.labels.values():
@@ -80,7 +80,7 @@ class Classification:
         }
 
 
-def _as_key(value: object) -> str:
+def as_key(value: object) -> str:
     """Write a label cell as config.yaml writes its key: a whole number read as 1.0 is "1"."""
     if isinstance(value, float) and not math.isnan(value) and value.is_integer():
         return str(int(value))

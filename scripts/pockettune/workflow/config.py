@@ -25,6 +25,12 @@ TYPE_NAMES = {
     "null": "null",
 }
 
+# Keys of earlier versions, and what took their place.
+RENAMED = {
+    "hub.source": "it is an entry of hub.sources now: [modelscope, huggingface]",
+    "hub.endpoint": "it is an entry of hub.sources now: [https://hf-mirror.com, huggingface]",
+}
+
 # Besides what _unusable_paths explains: line breaks and other control characters, which would
 # break the one line of a message, and halves of characters, which no file system takes.
 UNUSABLE = re.compile(r"[{}<>\x00-\x1f\x7f\ud800-\udfff]|^-")
@@ -38,7 +44,7 @@ def check_config(config: Config, schema: dict[str, Any]) -> None:
     """
     _normalise(config)
     errors = sorted(Draft202012Validator(schema).iter_errors(config), key=lambda e: list(e.path))
-    faults = [fault for error in errors for fault in _describe(error)]
+    faults = list(dict.fromkeys(fault for error in errors for fault in _describe(error)))
     if not faults:
         faults = list(_contradictions(config))
     if faults:
@@ -80,7 +86,7 @@ def drop_idle(config: Config) -> None:
     if model["path"]:
         model.update(name=None, revision=None, sha256=None)
     if dataset["files"]:
-        dataset.update(name=None, revision=None)
+        dataset.update(name=None, revision=None, subset=None, splits=None)
     if not dataset["files"] or "all" not in dataset["files"]:
         dataset["split"] = None
 
@@ -89,12 +95,12 @@ def set_environment(hub: dict[str, Any]) -> None:
     """Set what the programs find in their environment.
 
     PATH: the interpreter that runs Snakemake comes first, so that a virtual environment need not
-    be activated; a rule's conda environment still comes before it. Where to fetch from: as a
-    parameter of a rule it would be a reason to rerun.
+    be activated; a rule's conda environment still comes before it. Where to fetch from, and who gets
+    the token: as a parameter of a rule it would be a reason to rerun.
     """
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    os.environ["POCKETTUNE_HUB"] = hub["source"]
-    os.environ["POCKETTUNE_HUB_ENDPOINT"] = hub["endpoint"] or ""
+    os.environ["POCKETTUNE_HUB_SOURCES"] = " ".join(hub["sources"])
+    os.environ["POCKETTUNE_SEND_TOKEN_TO"] = " ".join(hub["send_token_to"])
 
 
 def _normalise(config: Config) -> None:
@@ -117,7 +123,8 @@ def _describe(error: ValidationError) -> Iterator[str]:
         known = list(section.get("properties", {}))
         for key in error.instance:
             if key not in known:
-                yield f"unknown key {_join(where, str(key))}; {_nearest(str(key), known)}"
+                name = _join(where, str(key))
+                yield f"unknown key {name}; {RENAMED.get(name) or _nearest(str(key), known)}"
     elif error.validator == "required":
         for key in rule:
             if key not in value:
@@ -129,6 +136,13 @@ def _describe(error: ValidationError) -> Iterator[str]:
         yield f"{where} is {error.instance!r}; {_nearest(str(error.instance), known)}"
     elif error.validator == "oneOf":
         yield f"{where} needs train, validation and test, or all alone"
+    elif where.startswith("hub.sources.") and error.validator == "pattern":
+        yield (
+            f"{where} is {error.instance!r}, not huggingface, modelscope, the address of a mirror"
+            " (https://…) or modelscope:https://…"
+        )
+    elif where.startswith("hub.send_token_to.") and error.validator == "pattern":
+        yield f"{where} is {error.instance!r}, not the name of a host"
     elif where == "task.prompt":
         yield f"{where} does not hold {{text}}, the place of the record's text"
     elif (
