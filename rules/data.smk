@@ -99,7 +99,7 @@ rule pack_offline:
     input:
         **program("pack_offline"),
         model=hub_model(),
-        converter=CONVERTER,
+        fetched=OUT_OF_PACKAGES,
         requirements="requirements.txt",
         constraints="constraints.txt",
     output:

@@ -9,15 +9,12 @@ Output  a folder with convert_hf_to_gguf.py, conversion/, gguf-py/, the vocabula
 """
 
 import argparse
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
-from pockettune.common import disk, program
-from pockettune.common.checksums import sha256
+from pockettune.common import program
 from pockettune.common.errors import UserError
-from pockettune.sources.bundle import offline_folder
+from pockettune.sources.packages import Package, download_package
 
 # Of the source releases that were looked at; another version needs its own line.
 SHA256 = {"0.3.36": "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"}
@@ -32,39 +29,12 @@ def fetch_converter(version: str, downloads: Path, output: Path) -> None:
     """Download the source release, verify it, and unpack the converter."""
     if version not in SHA256:
         raise UserError(f"llama-cpp-python {version}: known are {', '.join(SHA256)}")
-    name = f"llama_cpp_python-{version}.tar.gz"
-    archive = offline_folder(downloads) / "packages" / name
-    if not archive.exists():
-        archive = downloads / name
-    if not archive.exists():
-        disk.require_space(archive, SIZE)
-        with disk.tell_full_disk(archive, archive, SIZE):
-            download_release(version, downloads)
-    if (actual := sha256(archive)) != SHA256[version]:
-        archive.unlink()
-        raise UserError(
-            f"{archive.name}: SHA-256 {actual}, expected {SHA256[version]}; removed, run again"
-        )
+    file = f"llama_cpp_python-{version}.tar.gz"
+    release = Package("llama-cpp-python", version, file, SHA256[version], SIZE)
+    archive = download_package(release, downloads)
     with program.staged(output) as partial:
         unpack(archive, f"llama_cpp_python-{version}/vendor/llama.cpp/", partial)
     program.logger.info("converter of llama-cpp-python %s in %s", version, output)
-
-
-def download_release(version: str, downloads: Path) -> None:
-    """Download the source release with pip."""
-    downloads.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps",
-               "--no-binary", "llama-cpp-python", "--dest", str(downloads),
-               f"llama-cpp-python=={version}"]  # fmt: skip
-    program.logger.info("downloading llama-cpp-python %s as source (%d MB)", version, SIZE // 10**6)
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        program.remove(downloads / f"llama_cpp_python-{version}.tar.gz")  # perhaps half of it
-        reason = result.stderr.strip().splitlines()[-1:] or ["pip said nothing"]
-        raise UserError(
-            f"llama-cpp-python {version} could not be downloaded: {reason[0]}; "
-            f"put llama_cpp_python-{version}.tar.gz into {downloads} by hand, or set PIP_INDEX_URL"
-        )
 
 
 def unpack(archive: Path, prefix: str, target: Path) -> None:

