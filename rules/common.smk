@@ -147,9 +147,9 @@ def model_label():
 
 def base_model():
     """Return the folder of the base model, which holds its revision or a digest of its path."""
-    path = config["model"]["path"]
+    path, template = config["model"]["path"], config["model"]["chat_template"]
     version = (
-        hashlib.sha256(path.encode()).hexdigest()
+        hashlib.sha256(f"{path}{template or ''}".encode()).hexdigest()
         if path
         else config["model"]["revision"]
     )
