@@ -123,8 +123,8 @@ def memory(mb):
 
 
 def program(name):
-    """Return what a rule that runs scripts/<name>.py has among its inputs: that file and the
-    project's modules that it imports, so that their edits rerun it."""
+    """Return the inputs by which edits of scripts/<name>.py, or of a module of the project that it
+    imports, rerun what runs it."""
     path = Path("scripts", f"{name}.py")
     return {
         "program": str(path),
@@ -162,9 +162,9 @@ def model_label():
 
 def base_model():
     """Return the folder of the base model, which holds its revision or a digest of its path."""
-    path = config["model"]["path"]
+    path, template = config["model"]["path"], config["model"]["chat_template"]
     version = (
-        hashlib.sha256(path.encode()).hexdigest()
+        hashlib.sha256(f"{path}{template or ''}".encode()).hexdigest()
         if path
         else config["model"]["revision"]
     )

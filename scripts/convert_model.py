@@ -21,6 +21,7 @@ from unittest import mock
 from pockettune.common import program
 from pockettune.common.errors import UserError
 from pockettune.gguf.files import check_tensors
+from pockettune.gguf.tokenizer import name_pre_tokenizer
 from pockettune.models.folder import tensor_shapes
 
 # The pre-tokenizers that llama.cpp knows by name, by the pattern that tokenizer.json spells out.
@@ -121,6 +122,8 @@ def named_by_pattern(model: Path, by_checksum: Callable[..., str]) -> Callable[.
             pattern = split_pattern(model / "tokenizer.json")
             if pattern in PRE_TOKENIZERS:
                 return PRE_TOKENIZERS[pattern]
+            if name := name_pre_tokenizer(program.read_json(model / "tokenizer.json")):
+                return name
             raise UserError(
                 f"model {model}: llama.cpp does not know its pre-tokenizer {pattern!r}; known are "
                 f"the published tokenizers and the patterns of {', '.join(PRE_TOKENIZERS.values())}"

@@ -26,7 +26,7 @@ FLIPS_SHOWN = 40  # of each file
 def gather(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return what both templates may show."""
     plots.use_style()
-    settings = arguments.settings
+    settings = without_folders(arguments.settings)
     stages = program.read_json(arguments.metrics)["stages"]
     training = program.read_json(arguments.adapter / "training.json")
     audit = program.read_json(arguments.audit)
@@ -52,6 +52,14 @@ def gather(arguments: argparse.Namespace) -> dict[str, Any]:
         "config": settings,
         "settings": json.dumps(settings, ensure_ascii=False, indent=2),
     }
+
+
+def without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings as they may be published: a GGUF base by its name, not where it lies."""
+    model = dict(settings["model"])
+    if str(model["path"]).lower().endswith(".gguf"):
+        model |= {key: Path(model[key]).name for key in ("path", "chat_template") if model.get(key)}
+    return {**settings, "model": model}
 
 
 def render(template: Path, content: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ What each architecture is in transformers' words was read off llama.cpp at 0c1e5
 (conversion/) and what it computes (src/models/). The parity check of import_gguf.py proves it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,9 @@ ARCHITECTURES = {
     "qwen3": ("qwen3", "Qwen3ForCausalLM"),
     "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
 }
+NEEDED = ("block_count", "context_length", "embedding_length", "feed_forward_length",
+          "attention.head_count", "attention.layer_norm_rms_epsilon")  # fmt: skip
+NEEDED_BY_TOKENIZER = {"gpt2": ("merges",), "llama": ("scores", "token_type", "bos_token_id", "unknown_token_id")}  # fmt: skip
 REMEDY = "fetch or copy it again"
 ROPE_FREQUENCIES = "rope_freqs.weight"
 # What Llama 3.1 and 3.2 were made with; the file holds only what follows from it.
@@ -57,7 +60,7 @@ def open_source(path: Path) -> Source:
     return source
 
 
-def _faults(source: Source) -> Any:
+def _faults(source: Source) -> Iterator[str]:
     """Yield what keeps a file from being imported."""
     if (parts := source.metadata.get("split.count", 1)) > 1:
         yield (
@@ -71,11 +74,25 @@ def _faults(source: Source) -> Any:
             " take the model's safetensors folder"
         )
         return
+    yield from _missing_entries(source)
     if experts := source.get("expert_count"):
         yield f"a mixture of {experts} experts (expert_count) is not supported; take a dense model"
+    keys = ("feed_forward_length", "attention.head_count", "attention.head_count_kv")
+    if differing := [key for key in keys if isinstance(source.get(key), list)]:
+        yield f"its layers differ in {', '.join(differing)}, which is not supported; take another file"
     kinds = {tensor.kind_name: tensor.kind for tensor in source.tensors.values()}
     if unread := sorted(name for name, kind in kinds.items() if not can_read(kind)):
         yield f"quantization {', '.join(unread)} cannot be read back; take a file of another type"
+
+
+def _missing_entries(source: Source) -> Iterator[str]:
+    """Yield the entries without which neither model nor tokenizer can be told."""
+    kind = source.metadata.get("tokenizer.ggml.model")
+    keys = [f"{source.architecture}.{key}" for key in NEEDED]
+    keys += [f"tokenizer.ggml.{key}" for key in ("model", "tokens", "eos_token_id")]
+    keys += [f"tokenizer.ggml.{key}" for key in NEEDED_BY_TOKENIZER.get(str(kind), ())]
+    if missing := [key for key in keys if key not in source.metadata]:
+        yield f"its metadata have no {', '.join(missing)}; take another file"
 
 
 def can_read(kind: int) -> bool:
@@ -134,11 +151,6 @@ def make_config(source: Source) -> "PreTrainedConfig":
             for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
         },
     }
-    odd = [f"{k} is {v!r}" for k, v in settings.items() if v is None and not k.endswith("token_id")]
-    odd += [f"{k} is a list: layers differ" for k in ("intermediate_size", "num_attention_heads", "num_key_value_heads")
-            if isinstance(settings[k], list)]  # fmt: skip
-    if odd:
-        raise UserError(f"model.path {source.path.name}: {list_faults(odd)}; take another file")
     return AutoConfig.for_model(kind, **settings, **_own_settings(source))
 
 
@@ -251,7 +263,7 @@ def read_tensor(source: Source, name: str) -> np.ndarray:
     return np.concatenate(list(_read_steps(source, name))).reshape(source.tensors[name].shape[::-1])
 
 
-def _read_steps(source: Source, name: str) -> Any:
+def _read_steps(source: Source, name: str) -> Iterator[np.ndarray]:
     """Yield a tensor's rows in fp32, as many at a time as fit ELEMENTS_A_STEP."""
     tensor = source.tensors[name]
     rows = tensor.elements // tensor.shape[0]
