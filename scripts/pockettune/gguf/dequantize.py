@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pockettune.common.errors import UserError, list_faults
-from pockettune.gguf.files import Tensor, read_gguf
+from pockettune.gguf.files import ROPE_FREQUENCIES, Tensor, read_gguf
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,6 @@ NEEDED = ("block_count", "context_length", "embedding_length", "feed_forward_len
           "attention.head_count", "attention.layer_norm_rms_epsilon")  # fmt: skip
 NEEDED_BY_TOKENIZER = {"gpt2": ("merges",), "llama": ("scores", "token_type", "bos_token_id", "unknown_token_id")}  # fmt: skip
 REMEDY = "fetch or copy it again"
-ROPE_FREQUENCIES = "rope_freqs.weight"
 # What Llama 3.1 and 3.2 were made with; the file holds only what follows from it.
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip
 GEMMA3_LAYERS_OF_27B = 62

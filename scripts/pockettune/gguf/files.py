@@ -20,6 +20,8 @@ import numpy as np
 from pockettune.common.errors import UserError
 
 EMBEDDING = "token_embd.weight"
+# Llama 3's divisors of the rotations, which the converter works out of config.json: no weight.
+ROPE_FREQUENCIES = "rope_freqs.weight"
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # fmt: skip
 STRING, ARRAY = 8, 9
@@ -140,7 +142,7 @@ def check_tensors(path: Path, expected: int) -> None:
 
     One more is mostly output.weight: the embedding was untied and is stored twice.
     """
-    found = [tensor.name for tensor in read_gguf(path)[1]]
+    found = list(list_tensors(path))
     if len(found) != expected:
         untied = " (it has an output.weight of its own)" if "output.weight" in found else ""
         raise UserError(
@@ -184,8 +186,12 @@ def needs_blocks_of_256(metadata: Mapping[str, Any]) -> bool:
 
 
 def list_tensors(path: Path) -> dict[str, tuple[str, int]]:
-    """Return type and number of dimensions of each tensor of a GGUF file, by its name."""
-    return {tensor.name: (tensor.kind_name, len(tensor.shape)) for tensor in read_gguf(path)[1]}
+    """Return type and number of dimensions of each weight of a GGUF file, by its name."""
+    return {
+        tensor.name: (tensor.kind_name, len(tensor.shape))
+        for tensor in read_gguf(path)[1]
+        if tensor.name != ROPE_FREQUENCIES
+    }
 
 
 def read_vectors(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:

@@ -92,6 +92,8 @@ def special_token(metadata: Metadata, key: str) -> str | None:
 
 def adds_bos(metadata: Metadata) -> bool:
     """Whether llama.cpp puts a BOS before a prompt unasked."""
+    if "tokenizer.ggml.bos_token_id" not in metadata:
+        return False
     of_kind = metadata.get("tokenizer.ggml.model") == "llama" or pre_tokenizer_name(metadata) == "llama-bpe"  # fmt: skip
     return bool(metadata.get("tokenizer.ggml.add_bos_token", of_kind))
 
@@ -109,11 +111,7 @@ def name_pre_tokenizer(tokenizer: Mapping[str, Any]) -> str | None:
 
 
 def byte_level_tokenizer(metadata: Metadata, name: str) -> Json:
-    """Return tokenizer.json of a byte-level BPE vocabulary.
-
-    Without Qwen's normalization to NFC: llama.cpp leaves it out, so a text is trained on as the
-    phone will read it.
-    """
+    """Return tokenizer.json of a byte-level BPE vocabulary."""
     pre = pre_tokenizer_name(metadata)
     if pre not in PRE_TOKENIZERS:
         raise UserError(
@@ -129,7 +127,9 @@ def byte_level_tokenizer(metadata: Metadata, name: str) -> Json:
         "fuse_unk": False,
     }
     decoder = _bytes(use_regex=True)
-    return tokenizer_json(metadata, model, None, PRE_TOKENIZERS[pre], decoder)
+    # Qwen's own tokenizers normalize, which llama.cpp leaves out and a GGUF file does not tell.
+    normalizer = {"type": "NFC"} if pre == "qwen2" else None
+    return tokenizer_json(metadata, model, normalizer, PRE_TOKENIZERS[pre], decoder)
 
 
 def tokenizer_json(
@@ -139,16 +139,14 @@ def tokenizer_json(
     steps: Sequence[Json],
     decoder: Json,
 ) -> Json:
-    """Put a tokenizer together, its control and user-defined tokens matched as they are written."""
-    added = [
-        {"id": number, **token} for number, token in added_tokens(metadata)
-    ]  # fmt: skip
+    """Put a tokenizer together."""
+    whole = added_tokens(metadata, CONTROL, UNKNOWN, USER_DEFINED)
     several = {"type": "Sequence", "pretokenizers": list(steps)}
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": added,
+        "added_tokens": [{"id": number, **token} for number, token in whole],
         "normalizer": normalizer,
         "pre_tokenizer": several if len(steps) > 1 else steps[0] if steps else None,
         "post_processor": _bos_before(metadata) if adds_bos(metadata) else None,
@@ -157,10 +155,13 @@ def tokenizer_json(
     }
 
 
-def added_tokens(metadata: Metadata) -> Iterator[tuple[int, Json]]:
-    """Yield what llama.cpp matches as a whole wherever it stands in a text, as it is written."""
+def added_tokens(metadata: Metadata, *kinds: int) -> Iterator[tuple[int, Json]]:
+    """Yield the tokens of some types as tokenizers wants those that it is to match as a whole.
+
+    As they are written, spaces being spaces, because llama.cpp looks for them in the raw text.
+    """
     for number, text, kind in pieces(metadata):
-        if kind in (CONTROL, UNKNOWN, USER_DEFINED):
+        if kind in kinds:
             yield number, {"content": text, "special": kind != USER_DEFINED, "single_word": False,
                            "lstrip": False, "rstrip": False, "normalized": False}  # fmt: skip
 
@@ -194,8 +195,8 @@ def tokenizer_config(metadata: Metadata) -> Json:
         # llama.cpp's converter learns from here, and from nowhere else, which pieces of
         # tokenizer.model are matched as a whole: line breaks, runs of spaces, tags.
         config["added_tokens_decoder"] = {
-            str(number): token for number, token in added_tokens(metadata)
-        }  # fmt: skip
+            str(number): token for number, token in added_tokens(metadata, CONTROL, USER_DEFINED)
+        }
     return config
 
 

@@ -79,6 +79,8 @@ def _missing_files(folder: Path) -> list[str]:
     if not weight_files(folder):
         pickles = [path.name for path in [*folder.glob("*.bin"), *folder.glob("*.pt")]]
         why = f" ({', '.join(pickles)} is refused: loading it can run code)" if pickles else ""
+        if files := sorted(path.name for path in folder.glob("*.gguf")):
+            why = f" (model.path may be a GGUF file itself: {folder.name}/{files[0]})"
         missing.append(f"no *.safetensors weights{why}")
     return missing
 
