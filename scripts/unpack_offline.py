@@ -6,6 +6,8 @@ Output  resources/offline/, in one step, when every byte of the bundle is right;
 Needs nothing installed: it is the first thing to run on a machine without a network.
 """
 
+from __future__ import annotations  # so that an older Python gets as far as a message
+
 import argparse
 import contextlib
 import hashlib
@@ -170,6 +172,8 @@ def main() -> None:
     parser.add_argument("--without-wheels", action="store_true", help="leave out what make setup installs")  # fmt: skip
     parser.add_argument("--checkout", type=Path, default=CHECKOUT, help="folder of the Snakefile")
     arguments = parser.parse_args()
+    if sys.version_info < (3, 11):  # noqa: UP036  # started before make setup could say so
+        sys.exit(fail(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}"))
     try:
         holds = unpack_offline(arguments.bundle, arguments.checkout, not arguments.without_wheels)
     except BundleError as error:

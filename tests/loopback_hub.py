@@ -25,7 +25,8 @@ class LoopbackHub(ThreadingHTTPServer):
         # Bytes after which the next transfers of a file are cut, or stall; None lets one through.
         self.cuts: dict[str, list[int | None]] = {}
         self.stalls: dict[str, list[int | None]] = {}
-        self.files_elsewhere: str | None = None  # address that requests for files are sent on to
+        self.elsewhere: str | None = None  # address that requests are sent on to,
+        self.redirected = r"/resolve/|FilePath"  # those that match
         self.requests: list[str] = []
         self.headers: list[str] = []  # of each request, whole
         self.ranges: list[str] = []  # the file and what was asked of it
@@ -72,9 +73,9 @@ class _Handler(BaseHTTPRequestHandler):
         revision = query.get("Revision", [asked[1] if asked else "main"])[0]
         if revision not in hub.revisions:
             self.send_error(404)
-        elif hub.files_elsewhere and ("/resolve/" in path or "FilePath" in query):
+        elif hub.elsewhere and re.search(hub.redirected, self.path):
             self.send_response(302)
-            self.send_header("Location", hub.files_elsewhere + self.path)
+            self.send_header("Location", hub.elsewhere + self.path)
             self.send_header("Content-Length", "0")
             self.end_headers()
         elif re.fullmatch(rf"/api/(models|datasets)/{name}(/revision/[^/]+)?", path):

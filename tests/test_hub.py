@@ -31,6 +31,8 @@ def repository(tiny_model: Path, tmp_path: Path) -> Path:
     shutil.copytree(tiny_model, folder)
     (folder / "modeling_evil.py").write_text("raise SystemExit('ran')")
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    (folder / "onnx").mkdir()
+    (folder / "onnx/config.json").write_text("{}")
     return folder
 
 
@@ -48,9 +50,10 @@ def test_model_comes_whole_and_without_code(
         fetch_model(model_settings(sha256=digest), tmp_path / "downloads", tmp_path / "model")
     for name in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "model" / name).read_bytes() == (repository / name).read_bytes()
-    assert not {"modeling_evil.py", "pytorch_model.bin"} & {
+    assert not {"modeling_evil.py", "pytorch_model.bin", "onnx"} & {
         path.name for path in (tmp_path / "model").iterdir()
     }
+    assert not any("onnx" in line or ".py" in line or ".bin" in line for line in hub.ranges)
     recorded = json.loads((tmp_path / "model/source.json").read_text())
     assert recorded == {"origin": f"{NAME}@{COMMIT}", "sha256": {"model.safetensors": digest}}
 

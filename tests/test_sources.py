@@ -1,5 +1,6 @@
 """Sources in turn, transfers that are cut or stall, and that nothing else is asked."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -66,6 +67,15 @@ def closed(protocol: str) -> str:
 def bytes_asked(hub: LoopbackHub) -> list[int]:
     """Return where each transfer of the weights began."""
     return [int(line.split()[-1]) for line in hub.ranges if line.startswith(WEIGHTS)]
+
+
+def sizes(folder: Path) -> set[int]:
+    """Return how long the files of a folder are in which files come and go."""
+    found = set()
+    for path in folder.glob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            found.add(path.stat().st_size)
+    return found
 
 
 def test_first_down_second_damaged_third_good(
@@ -167,7 +177,7 @@ def test_killed_download_goes_on(
                "--output", str(tmp_path / "model")]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     partials = tmp_path / "downloads" / f"models--somebody--tiny@{COMMIT}" / ".partial"
-    while not any(path.stat().st_size == 123_456 for path in partials.glob("*")):
+    while 123_456 not in sizes(partials):
         assert process.poll() is None
     process.kill()
     process.wait()
@@ -274,6 +284,26 @@ def test_second_run_waits_for_the_first(
     assert sum("another run is at model" in text for text in told) == 1
     for name in ("one", "two"):
         assert sha256(tmp_path / name / WEIGHTS) == sha256(hub.folder / WEIGHTS)
+
+
+def test_dataset_comes_from_its_source_alone(
+    protocol: str, guard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    for split in ("train", "validation", "test"):
+        (repository / f"{split}.csv").write_text("text,label\n好,1\n差,0\n")
+    settings = {
+        "dataset": {"name": NAME, "revision": COMMIT, "files": None, "split": None, "subset": None,
+                    "splits": None, "unlabelled": "refuse", "text_column": "text", "label_column": "label"},
+        "task": {"type": "classification", "system": "", "prompt": "{text}", "labels": {"0": "差", "1": "好"}},
+    }  # fmt: skip
+    with serve(repository, NAME) as hub:
+        monkeypatch.setenv("POCKETTUNE_HUB_SOURCES", hub.entry(protocol))
+        result = run_program("fetch_dataset.py", "--settings", json.dumps(settings), "--downloads",
+                             tmp_path / "downloads", "--audit", tmp_path / "out/audit.json")  # fmt: skip
+    assert result.returncode == 0, result.stdout
+    assert not guard.exists(), guard.read_text()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """A token or a password is used, and is in nothing that is told, logged or made."""
 
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -135,20 +136,22 @@ def test_token_goes_to_no_mirror_that_is_not_named(
     assert SECRET in "".join(listings) and SECRET in "".join(files), "it goes where it is named"
 
 
+@pytest.mark.parametrize("what", ["/resolve/|FilePath", "/api/models|/repo/files"])
 @pytest.mark.parametrize("sent", ["token", "login"])
 @pytest.mark.parametrize("source", ["huggingface", "modelscope"])
 def test_redirect_takes_no_secret_to_another_host(
-    source: str, sent: str, hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    source: str, sent: str, what: str, hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
     entry = with_login(hub.entry(source)) if sent == "login" else hub.entry(source)
     monkeypatch.setenv("POCKETTUNE_HUB_SOURCES", entry)
     monkeypatch.setenv("POCKETTUNE_SEND_TOKEN_TO", "127.0.0.1 localhost")
     with serve(hub.folder, NAME) as other:
-        hub.files_elsewhere = other.address.replace("127.0.0.1", "localhost")
+        hub.elsewhere = other.address.replace("127.0.0.1", "localhost")
+        hub.redirected = what
         result = fetch(tmp_path, tmp_path / "log")
     assert result.returncode == 0, result.stdout
-    assert any("model.safetensors" in request for request in other.requests)
-    asked = "".join(h for h in hub.headers if "/resolve/" in h or "FilePath" in h)
+    assert other.requests
+    asked = "".join(h for h in hub.headers if re.search(what, h))
     assert (SECRETS[-1] if sent == "login" else SECRET) in asked
     assert_clean("".join(other.headers))
 

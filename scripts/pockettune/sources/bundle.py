@@ -44,10 +44,9 @@ def bundled_repository(downloads: Path, repository: str) -> dict[Path, dict[str,
 
 def bundled_names(downloads: Path) -> str:
     """Return what the bundle holds of hubs, in words; nothing where there is no bundle."""
-    names = {
-        path.parts[1] for path, _ in _files(offline_folder(downloads)) if path.parts[0] == "hub"
-    }
-    return ", ".join(sorted(names)) or ("nothing of a hub" if any(_files(offline_folder(downloads))) else "")  # fmt: skip
+    paths = [path for path, _ in _files(offline_folder(downloads))]
+    names = sorted({path.parts[1] for path in paths if path.parts[0] == "hub"})
+    return ", ".join(names or ["no repository"]) if paths else ""
 
 
 def _files(offline: Path) -> Iterator[tuple[Path, dict[str, Any]]]:

@@ -170,7 +170,9 @@ def _download_from(
     try:
         listed = list_files(source, kind, name, revision, token, bool(pins))
         refuse_outside(f"{kind} {name}", (file.path for file in listed))
-        files = [file for file in listed if is_safe(file.path, kind)]
+        # Of a model, what lies in folders is another format's; a name counts once.
+        files = list({file.path: file for file in listed if is_safe(file.path, kind)
+                      and (kind == "dataset" or "/" not in file.path)}.values())  # fmt: skip
         if not files:
             raise UserError(f"of its {len(listed)} files none is text, a table or safetensors")
         files = [pin(f, pins[f.path]) if f.path in pins else f for f in check_pins(files, pins)]
