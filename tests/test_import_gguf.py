@@ -25,7 +25,12 @@ from pockettune.common.errors import UserError
 from pockettune.data.prompts import encode
 from pockettune.gguf import dequantize
 from pockettune.gguf.files import read_gguf
-from pockettune.gguf.tokenizer import PRE_TOKENIZERS, sentencepiece_model
+from pockettune.gguf.tokenizer import (
+    PRE_TOKENIZERS,
+    byte_level_tokenizer,
+    sentencepiece_model,
+    sentencepiece_tokenizer,
+)
 from pockettune.models.folder import load_tokenizer
 from pockettune.parity.stored import HARD_TEXTS
 from pockettune.workflow.config import check_files
@@ -257,6 +262,31 @@ def test_sentencepiece_reads_the_model_as_it_was(make: Callable[[str], Made]) ->
     after = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model(metadata))
     assert [after.encode(text) for text in HARD_TEXTS] == [before.encode(text) for text in HARD_TEXTS]  # fmt: skip
     assert (after.bos_id(), after.eos_id(), after.pad_id(), after.unk_id()) == (2, 1, 0, 3)
+
+
+def small_vocabulary(*tokens: str, **entries: Any) -> dict[str, Any]:
+    """Return the metadata of a tokenizer of a few tokens, the first of which is unknown."""
+    common = {"tokens": ["?", *tokens], "token_type": [2] + [1] * len(tokens), "eos_token_id": 1,
+              "unknown_token_id": 0}  # fmt: skip
+    named = {f"tokenizer.ggml.{key}": value for key, value in {**common, **entries}.items()}
+    return {"general.architecture": "llama", **named}
+
+
+def test_the_higher_score_is_joined_first() -> None:
+    """SentencePiece joins by score alone: not by id, not from the left, not the longer one."""
+    texts = ("a", "b", "c", "ab", "bc")
+    for scores, expected in (([0, -2, -1], ["a", "bc"]), ([0, -1, -2], ["ab", "c"])):
+        metadata = small_vocabulary(*texts, model="llama", scores=[0.0, 0, 0, *scores], add_space_prefix=False)  # fmt: skip
+        tokenizer = Tokenizer.from_str(json.dumps(sentencepiece_tokenizer(metadata)))
+        assert tokenizer.encode("abc").tokens == expected
+
+
+def test_llama_3_keeps_a_word_that_is_a_token() -> None:
+    """Also where no merge leads to it, as llama.cpp does for llama-bpe and for no other."""
+    for pre, expected in (("llama-bpe", ["abc"]), ("qwen2", ["ab", "c"])):
+        metadata = small_vocabulary("a", "b", "c", "ab", "abc", model="gpt2", pre=pre, merges=["a b"])  # fmt: skip
+        tokenizer = Tokenizer.from_str(json.dumps(byte_level_tokenizer(metadata, "x.gguf")))
+        assert tokenizer.encode("abc").tokens == expected
 
 
 WRONG: dict[str, tuple[str, str, Callable[..., Any]]] = {
