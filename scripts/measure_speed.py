@@ -18,7 +18,7 @@ from pockettune.common import program
 from pockettune.evaluation.metrics import provenance, resident_bytes
 from pockettune.runtimes.llama import LlamaModel
 
-PROMPT_TOKENS, GENERATED_TOKENS, REPETITIONS = 512, 32, 5
+PROMPT_TOKENS, GENERATED_TOKENS, REPETITIONS = 512, 32, 3
 
 
 def measure_speed(gguf: Path, threads: int) -> dict[str, Any]:

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from generated import CHAT_TEMPLATE, SPECIAL
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import CONVERTER, LINEAGE, copy_checkout, run_program, run_snakemake
+from generated import CHAT_TEMPLATE, SPECIAL
 from import_gguf import import_gguf
 from pockettune.common import program
 from pockettune.common.errors import UserError

@@ -18,7 +18,7 @@ from pockettune.evaluation.scoring import NextTokenLogits, Tokens, score_answers
 from pockettune.evaluation.statistics import kl_divergence, normalise
 from pockettune.tasks import load_task
 
-NOISE_ROWS = 32
+NOISE_ROWS = 16
 
 
 @dataclass
