@@ -117,6 +117,13 @@ def test_keys_that_another_makes_idle_do_not_count() -> None:
     assert config["dataset"]["name"] == CONFIG["dataset"]["name"]
 
 
+def test_parts_of_a_hubs_dataset_are_idle_beside_files() -> None:
+    config = copy.deepcopy(CONFIG)
+    config["dataset"].update(files={"all": "a.csv"}, subset="x", splits={"train": "train"})
+    drop_idle(config)
+    assert config["dataset"]["subset"] is config["dataset"]["splits"] is None
+
+
 def test_every_offered_type_is_known_to_llama_cpp() -> None:
     llama_cpp = pytest.importorskip("llama_cpp")
     offered = SCHEMA["properties"]["quantize"]["additionalProperties"]["properties"]["type"]["enum"]

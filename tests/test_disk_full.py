@@ -191,12 +191,13 @@ def test_download_goes_on_when_there_is_room(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with serve(tiny_model, NAME) as hub:
-        monkeypatch.setenv("POCKETTUNE_HUB_SOURCES", hub.entry(source))
+        monkeypatch.setenv("POCKETTUNE_HUB_SOURCES", f"{hub.entry(source)} {hub.address}")
         options = ("--settings", json.dumps({"model": model_settings()}),
                    "--downloads", small / "downloads", "--output", small / "model",
                    "--log", small.with_name("log"))  # fmt: skip
         result = run("fetch_model.py", *options)
         assert result.returncode == 2
+        assert "; trying " not in result.stdout, "another source would need as much room"
         line = the_error(result.stdout)
         known = disk.used_bytes(tiny_model)
         if run is run_unchecked:

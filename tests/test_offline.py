@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 import pack_offline
+import unpack_offline
 from conftest import CONVERTER, ROOT, copy_checkout, run_snakemake
 from loopback_hub import COMMIT, serve
 from pack_offline import gather_wheels, write_bundle
@@ -200,6 +201,25 @@ def test_changed_byte(place: float, bundle: Path, tmp_path: Path) -> None:
         file.seek(int(end * place))
         file.write(bytes([byte[0] ^ 1]))
     assert_refused(bad, "is damaged, its checksum is another; copy it again", tmp_path)
+
+
+def test_nothing_is_written_before_all_is_checked(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bundle that is damaged at its end takes no room for what comes before."""
+    bad = tmp_path / "bad.tar"
+    bad.write_bytes(bundle.read_bytes()[:-20_000])
+    written = []
+    copy = unpack_offline.copy
+
+    def watched(content: Any, target: Path | None) -> dict[str, Any]:
+        written.append(target)
+        return copy(content, target)
+
+    monkeypatch.setattr(unpack_offline, "copy", watched)
+    with pytest.raises(tarfile.TarError):
+        unpack_offline.unpack_offline(bad, tmp_path)
+    assert len(written) > 3 and not any(written)
 
 
 @pytest.mark.parametrize("kept", [0, 100, 3000, 0.5, -20_000])
