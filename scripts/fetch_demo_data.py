@@ -50,7 +50,7 @@ def read_sentences(archive: Path) -> pd.DataFrame:
         content = io.StringIO(file.read().decode("ascii"))
     # quoting=3: quotes are text, as in what people write.
     table = pd.read_csv(content, sep="\t", names=["id", "rating", "text"], quoting=3)
-    short = table["text"].str.split().str.len() <= LONGEST
+    short = table["text"].map(lambda text: len(text.split()) <= LONGEST)
     table = table[(table["rating"].abs() > CLEAR) & short].drop_duplicates("text")
     return pd.DataFrame(
         {
