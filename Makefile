@@ -21,8 +21,9 @@ LLAMA = $(shell sed -n 's/^\(llama-cpp-python==[^ ]*\).*/\1/p' requirements.txt)
 # With flags of your own pip must not take a llama-cpp-python from its cache that was built without them.
 BUILD = $(BIN)/python -m pip wheel --quiet --no-deps $(if $(CMAKE_ARGS),--no-cache-dir) \
 	--wheel-dir .venv/wheels '$(LLAMA)'
-# Modules are compiled when they are first imported: most never are.
-INSTALL = $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
+# Most modules are never imported, so they are compiled when they first are, where Python may write that down.
+INSTALL = $(BIN)/python -m pip install --quiet $(if $(PYTHONDONTWRITEBYTECODE),,--no-compile) \
+	--constraint constraints.txt
 
 .PHONY: setup doctor demo test test-slurm test-kills lint bench bench-train clean clean-scratch
 
