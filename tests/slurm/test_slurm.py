@@ -1,6 +1,7 @@
 """A run through a real SLURM, and what it says and does when things go wrong there."""
 
 import json
+import math
 import re
 import signal
 import subprocess
@@ -47,17 +48,32 @@ def checkout(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
+def start_training(checkout: Path, epochs: int, seed: int, *arguments: str) -> Run:
+    settings = {"train": {"seed": seed, "epochs": epochs, "eval_every": None}}
+    (checkout / LOG).unlink(missing_ok=True)
+    (checkout / "runs/fault.yaml").write_text(yaml.safe_dump(settings))
+    return Run(checkout, "runs/fault.yaml", *arguments, "--", ADAPTER)
+
+
+@pytest.fixture(scope="session")
+def pace(checkout: Path) -> float:
+    """Seconds that an epoch takes here: trainings are made long enough to be disturbed, not longer."""
+    epochs = 3
+    run = start_training(checkout, epochs, 0)
+    assert run.finish() == 0, run.text()[-3000:]
+    seconds: float = json.loads((checkout / ADAPTER / "training.json").read_text())["seconds"]
+    return seconds / epochs
+
+
 @pytest.fixture
-def train(checkout: Path, cluster: Cluster) -> Iterator[Callable[..., Run]]:
+def train(checkout: Path, cluster: Cluster, pace: float) -> Iterator[Callable[..., Run]]:
     """Start a training of settings of its own, so that it has to be made; nothing is left running."""
     seed = time.monotonic_ns() % 1_000_000
     runs: list[Run] = []
 
-    def start(*arguments: str, epochs: int = 4) -> Run:
-        settings = {"train": {"seed": seed, "epochs": epochs, "eval_every": None}}
-        (checkout / LOG).unlink(missing_ok=True)
-        (checkout / "runs/fault.yaml").write_text(yaml.safe_dump(settings))
-        runs.append(Run(checkout, "runs/fault.yaml", *arguments, "--", ADAPTER))
+    def start(*arguments: str, seconds: float = 15) -> Run:
+        epochs = math.ceil(seconds / pace)
+        runs.append(start_training(checkout, epochs, seed, *arguments))
         return runs[-1]
 
     yield start
@@ -70,11 +86,12 @@ def train(checkout: Path, cluster: Cluster) -> Iterator[Callable[..., Run]]:
 
 
 def wait_for_updates(cluster: Cluster, checkout: Path) -> str:
-    """Wait until the training job has made updates; return the job's number."""
+    """Wait until the training job makes updates; return the job's number."""
     log = checkout / LOG
     wait_until(
-        lambda: running_training(cluster) and "updates" in read(log), 120, "the first updates"
+        lambda: running_training(cluster) and "trainable parameters" in read(log), 120, "updates"
     )
+    time.sleep(2)
     return running_training(cluster)
 
 
@@ -115,7 +132,7 @@ def test_cluster_makes_what_this_machine_makes(checkout: Path, finished_run: Pat
 def test_training_finds_a_gpu_and_stays_off_the_network(
     train: Callable[..., Run], cluster: Cluster, checkout: Path
 ) -> None:
-    run = train(epochs=2)
+    run = train()
     wait_for_updates(cluster, checkout)
     (environment,) = [
         process.environ()
@@ -156,33 +173,33 @@ def test_training_over_its_time_goes_on_in_the_next_job(
     train: Callable[..., Run], checkout: Path
 ) -> None:
     limited = ("--set-resources", "train:runtime=1", "train:slurm_partition=gpu")
-    run = train("--retries", "0", *limited, epochs=12)
+    run = train("--retries", "0", *limited, seconds=100)
     assert run.finish() == 1
     stopped, failed = run.messages()
     assert "stopped by SIGTERM" in stopped
     assert "ran over its time limit: give it a longer one in the profile" in failed
-    run = train(epochs=12)
+    run = train(seconds=100)
     assert run.finish() == 0, run.text()[-3000:]
     assert resumed(checkout) == 1
 
 
 def test_training_over_its_memory(train: Callable[..., Run], checkout: Path) -> None:
     limits = ("--set-resources", "train:slurm_partition=gpu", "train:mem_mb=attempt * 300")
-    run = train("--retries", "1", *limits, epochs=1)
+    run = train("--retries", "1", *limits, seconds=1)
     assert run.finish() == 1
     first, second = run.messages()
     for message in (first, second):
         assert "ran over its memory: give it more in the profile (set-resources, mem_mb)" in message
     assert "--mem 300" in run.text() or "mem_mb=300" in run.text()
     assert "mem_mb=600" in run.text(), "the second try has twice the memory"
-    assert train(epochs=1).finish() == 0
+    assert train(seconds=1).finish() == 0
 
 
 def test_drained_node_is_named(train: Callable[..., Run], cluster: Cluster) -> None:
     node = f"NodeName={cluster.host}"
     subprocess.run(["scontrol", "update", node, "State=DRAIN", "Reason=maintenance"], check=True)
     try:
-        run = train(epochs=1)
+        run = train(seconds=1)
         run.wait_for("waiting: train, SLURM job")
         assert run.process.poll() is None
     finally:
@@ -220,13 +237,13 @@ def test_interrupted_snakemake_cancels_its_jobs(
 def test_killed_snakemake_leaves_a_job_that_is_named(
     train: Callable[..., Run], cluster: Cluster, checkout: Path
 ) -> None:
-    run = train()
+    run = train(seconds=60)
     number = wait_for_updates(cluster, checkout)
     run.kill()
-    assert train().finish() == 1
+    assert train(seconds=60).finish() == 1
     assert "--unlock" in (checkout / "run.txt").read_text()
     run_snakemake(checkout, "--unlock", *SMALL)
-    run = train()
+    run = train(seconds=60)
     assert run.finish() == 2
     (message,) = run.messages()
     assert (
@@ -236,7 +253,7 @@ def test_killed_snakemake_leaves_a_job_that_is_named(
     assert query("squeue", "--noheader", "--states=RUNNING", "--format=%i").split() == [number]
     subprocess.run(["scancel", number], check=True)
     wait_until(lambda: not cluster.jobs("RUNNING", "COMPLETING"), 60, "the job's end")
-    assert train().finish() == 0
+    assert train(seconds=60).finish() == 0
     assert resumed(checkout) == 1
 
 
