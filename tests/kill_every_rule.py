@@ -44,9 +44,9 @@ def finished_in(output: str) -> set[Job]:
     return {jobs[number] for number in re.findall(r"^Finished jobid: (\d+) ", output, re.MULTILINE)}
 
 
-def planned(folder: Path) -> set[Job]:
+def planned(folder: Path, *target: str) -> set[Job]:
     """Return the jobs that the next call would run."""
-    result = run_snakemake(folder, "--dry-run", *SMALL)
+    result = run_snakemake(folder, "--dry-run", *SMALL, *target)
     assert result.returncode == 0, result.stdout[-3000:]
     return set(jobs_in(result.stdout).values())
 
@@ -70,9 +70,9 @@ def usual_time(job: Job, usual: dict[str, float]) -> float:
 class Victim:
     """A snakemake under way."""
 
-    def __init__(self, folder: Path, output: Path) -> None:
+    def __init__(self, folder: Path, output: Path, *target: str) -> None:
         self.output = output
-        self.process = start_snakemake(folder, output, "--cores", "2", *SMALL)
+        self.process = start_snakemake(folder, output, "--cores", "2", *SMALL, *target)
 
     def running(self) -> set[Job]:
         """Return the jobs that were announced and not said to be finished."""
@@ -99,18 +99,20 @@ class Victim:
 
 
 def kill_in_turn(
-    folder: Path, usual: dict[str, float], rounds: int, dice: random.Random
+    folder: Path, usual: dict[str, float], rounds: int, dice: random.Random, *target: str
 ) -> Iterator[tuple[float, set[Job]]]:
     """Aim at each job `rounds` times, until the run is through; yield the moment and what was hit.
+
+    The run is for all, or for the `target` that is given as to snakemake.
 
     Raises AssertionError where the next call would make a finished file again, or would take a
     job that was hit for finished.
     """
-    everything = planned(folder)
+    everything = planned(folder, *target)
     aimed: Counter[Job] = Counter()
     finished: set[Job] = set()
     while True:
-        victim = Victim(folder, folder.parent / "killed.txt")
+        victim = Victim(folder, folder.parent / "killed.txt", *target)
         job = victim.wait_for_job(
             lambda jobs: sorted(
                 (j for j in jobs if aimed[j] < rounds), key=lambda j: usual_time(j, usual)
@@ -124,7 +126,7 @@ def kill_in_turn(
         finished |= finished_in(victim.output.read_text())
         hit = victim.running()
         run_snakemake(folder, "--unlock", *SMALL)
-        plan = planned(folder)
+        plan = planned(folder, *target)
         assert not plan & finished, (
             f"{job} hit at {moment:.2f} s: would be made again: {plan & finished}"
         )
@@ -143,21 +145,28 @@ def leftovers(folder: Path) -> list[str]:
     return [str(path) for place in places for path in place.rglob("*.partial")]
 
 
-def check(undisturbed: Path, folder: Path, rounds: int, seed: int) -> Counter[Job]:
-    """Run it under kills in `folder` and compare it with a finished run; return the hits.
-
-    Raises AssertionError where anything differs or was left behind.
-    """
+def begin(folder: Path) -> Path:
+    """Make a checkout in which everything is still to be made."""
     copy_checkout(folder)
     shutil.rmtree(folder / "resources" / CONVERTER.name)  # it is to be fetched under kills, too
+    return folder
+
+
+def kill_all(undisturbed: Path, folder: Path, rounds: int, seed: int, *target: str) -> Counter[Job]:
+    """Run all, or the target, under kills in `folder`; return the hits."""
     hits: Counter[Job] = Counter()
     dice = random.Random(seed)
-    for moment, hit in kill_in_turn(folder, usual_seconds(undisturbed), rounds, dice):
+    for moment, hit in kill_in_turn(folder, usual_seconds(undisturbed), rounds, dice, *target):
         hits.update(hit)
         print(
             f"after {moment:.2f} s: {', '.join(sorted(hit)) or 'nothing, it was quicker'}",
             flush=True,
         )
+    return hits
+
+
+def compare(undisturbed: Path, folder: Path) -> None:
+    """Raise AssertionError where a run that was killed made other files, or left something behind."""
     for part in (
         "results/small",
         "data",
@@ -167,7 +176,6 @@ def check(undisturbed: Path, folder: Path, rounds: int, seed: int) -> Counter[Jo
         differing = differing_files(undisturbed / part, folder / part)
         assert not differing, f"{part}: not as in the undisturbed run: {differing}"
     assert not leftovers(folder), leftovers(folder)
-    return hits
 
 
 def main() -> None:
@@ -182,9 +190,9 @@ def main() -> None:
         undisturbed = copy_checkout(Path(folder, "undisturbed"))
         result = run_snakemake(undisturbed, *SMALL)
         assert result.returncode == 0, result.stdout[-3000:]
-        hits = check(
-            undisturbed, Path(folder, "killed", "checkout"), arguments.rounds, arguments.seed
-        )
+        killed = begin(Path(folder, "killed", "checkout"))
+        hits = kill_all(undisturbed, killed, arguments.rounds, arguments.seed)
+        compare(undisturbed, killed)
     for job, count in sorted(hits.items()):
         print(f"{count:3} {job}")
     print(

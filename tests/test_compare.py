@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from compare_stages import as_table, compare_stages, list_flips
+from compare_stages import as_table, common_rows, compare_stages, list_flips, pair
 from pockettune.common.errors import UserError
 from pockettune.data.prompts import Example, write_examples
 from pockettune.evaluation import stages
@@ -75,9 +75,21 @@ def test_rows_seen_in_train_are_told_apart() -> None:
 
 
 def test_other_rows_cannot_be_paired() -> None:
-    tables = {**TABLES, "q8": TABLES["q8"].iloc[::-1]}
-    with pytest.raises(UserError, match="different rows"):
-        compare_stages(METRICS, tables)
+    for other, told in (
+        (TABLES["q8"].iloc[::-1], "different orders"),
+        (TABLES["q8"].assign(id="test-9"), "different rows"),
+        (TABLES["q8"].iloc[:0], "different rows"),
+    ):
+        with pytest.raises(UserError, match=told):
+            common_rows(TABLES["f16"], other)
+
+
+def test_stage_of_fewer_rows_is_paired_on_those() -> None:
+    """As evaluate.pytorch_limit has it: a sample of what the files are scored on."""
+    few = TABLES["q4"].iloc[[1, 3]]
+    paired = pair(TABLES["f16"], few)
+    assert paired["n"] == 2 and paired["flips"] == 1, "row 4 of TABLES differs"
+    assert pair(few, TABLES["f16"])["n"] == 2
 
 
 def test_flips_carry_their_text() -> None:

@@ -5,15 +5,35 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
+
 from comparison import differing_files
 from conftest import SMALL, copy_checkout, run_snakemake, start_snakemake
-from kill_every_rule import check, jobs_in
+from kill_every_rule import begin, compare, jobs_in, kill_all
+
+GATE = ("--", "results/small/parity.json")
 
 
-def test_killed_in_every_rule(finished_run: Path, tmp_path: Path) -> None:
-    """Each job is aimed at once; tests/kill_every_rule.py does it several times."""
-    hits = check(finished_run, tmp_path / "killed" / "checkout", rounds=1, seed=5)
-    assert len(hits) >= 10, "some are quicker than the kill; most must be hit"
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout for two tests, one behind the other: each job of theirs is aimed at once.
+
+    tests/kill_every_rule.py does it several times.
+    """
+    return begin(tmp_path_factory.mktemp("killed") / "checkout")
+
+
+def test_killed_in_every_rule_up_to_the_gate(finished_run: Path, killed: Path) -> None:
+    hits = kill_all(finished_run, killed, 1, 5, *GATE)
+    assert len(hits) >= 5, "some are quicker than the kill; most must be hit"
+
+
+def test_killed_in_every_rule_behind_the_gate(finished_run: Path, killed: Path) -> None:
+    done = run_snakemake(killed, *SMALL, *GATE)  # nothing, if the test above went before
+    assert done.returncode == 0, done.stdout[-3000:]
+    hits = kill_all(finished_run, killed, 1, 5)
+    assert len(hits) >= 5, "some are quicker than the kill; most must be hit"
+    compare(finished_run, killed)
 
 
 def test_second_run_for_the_same_files_is_refused(finished_run: Path, tmp_path: Path) -> None:

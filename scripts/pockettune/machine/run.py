@@ -55,14 +55,15 @@ class Run:
     def base(self) -> Path:
         """The folder that fetch_model makes (rules/common.smk, base_model; a test compares)."""
         model = self.settings["model"]
+        template = model["chat_template"] or ""
         version = (
-            hashlib.sha256(model["path"].encode()).hexdigest()
+            hashlib.sha256(f"{model['path']}{template}".encode()).hexdigest()
             if model["path"]
             else model["revision"]
         )
-        return self.path(
-            f"resources/models/{Path(model['path'] or model['name']).name}@{version[:12]}"
-        )
+        path = Path(model["path"] or model["name"])
+        label = path.stem if path.suffix == ".gguf" and model["path"] else path.name
+        return self.path(f"resources/models/{label}@{version[:12]}")
 
     @property
     def converter_version(self) -> str:
