@@ -2,29 +2,52 @@
 
     python benchmarks/growth.py [--rows 1000 10000 100000]
 
-On the demo's base model (run `make demo` first), generated reviews, 40 updates of 16 rows each.
+On a random model of 2 million parameters, generated reviews, 40 updates of 16 rows each.
 Writes benchmarks/growth.md.
 """
 
 import argparse
 import json
 import os
-from pathlib import Path
+import random
 
 from common import (
-    ROOT,
     WORK,
     data_steps,
     default_settings,
     machine,
     make_data,
     measure,
+    program,
     step,
     write_page,
 )
 
 UPDATES, BATCH = 40, 16
-BASE = ROOT / "resources/demo/base"
+BASE = WORK / "small"
+
+
+def make_base() -> None:
+    """Write the model, 256 wide and three layers deep, with a tokenizer of 1,024 tokens."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from generated import make_review, train_tokenizer, write_tokenizer_config
+
+    torch.manual_seed(0)
+    source = random.Random(0)
+    tokenizer = train_tokenizer([make_review(source, i % 2 == 0) for i in range(3000)], 1024)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=1024, hidden_size=256, intermediate_size=512, num_hidden_layers=3,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+            tie_word_embeddings=True, bos_token_id=0, eos_token_id=2, pad_token_id=0,
+        )
+    )  # fmt: skip
+    with program.staged(BASE) as partial:
+        model.half().save_pretrained(partial)
+        tokenizer.save(str(partial / "tokenizer.json"))
+        write_tokenizer_config(partial / "tokenizer_config.json")
 
 
 def measure_rows(rows: int) -> str:
@@ -53,12 +76,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--rows", type=int, nargs="+", default=[1_000, 10_000, 100_000])
     arguments = parser.parse_args()
-    if not Path(BASE, "model.safetensors").exists():
-        raise SystemExit("error: resources/demo/base is not there; run `make demo` first")
+    make_base()
     lines = [measure_rows(rows) for rows in arguments.rows]
     write_page("growth", [
         "# Rows, time and memory", "",
-        f"Made by `python benchmarks/growth.py` on {machine()}: the demo's base model, generated reviews;"
+        f"Made by `python benchmarks/growth.py` on {machine()}: a random model of 2 M parameters, generated reviews;"
         f" rows to train on, half as many in test; {UPDATES} updates of {BATCH} rows.", "",
         "| rows | tokenize, s | tokenize, peak MB | tokens/, MB | train, s | train, peak MB |",
         "|---|---|---|---|---|---|", *lines,
