@@ -23,7 +23,9 @@ def result_files(folder: Path) -> set[str]:
     return {
         str(file)
         for file in files
-        if file.parts[0] not in OF_THE_RUN and file.name != ".snakemake_timestamp"
+        if file.parts[0] not in OF_THE_RUN
+        and file.name != ".snakemake_timestamp"
+        and "__pycache__" not in file.parts  # Python's own, where it may write it down
     }
 
 
