@@ -9,13 +9,17 @@ A killed run goes on from its last checkpoint, to the same adapter (pockettune.t
 
 Input   the base model; the folder tokens/
 Output  a PEFT adapter folder (adapter_config.json, adapter_model.safetensors) with training.json:
-        loss and learning rate by update, validations, trainable parameters, seconds, peak memory
+        loss and learning rate by update, validations, trainable parameters, seconds, peak memory;
+        temperature and coverage: how far the adapter's probabilities can be trusted
 """
 
 import argparse
 import json
+import os
+import shutil
 import sys
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +28,28 @@ import torch
 from pockettune.common import disk, program
 from pockettune.common.errors import UserError
 from pockettune.data.prompts import Examples, take_evenly
-from pockettune.evaluation import metrics
+from pockettune.evaluation import calibration, metrics
 from pockettune.models.adapters import add_adapter
 from pockettune.models.folder import load_model, weight_files
 from pockettune.runtimes import packing
+from pockettune.runtimes.memory import memory_hint
 from pockettune.tasks import load_task
 from pockettune.training import checkpoints
-from pockettune.training.loop import Hardware, TrainingState, Validator, draw_batches, run_updates
+from pockettune.training.loop import (
+    Hardware,
+    TrainingState,
+    Validator,
+    draw_batches,
+    less_memory,
+    run_updates,
+    weigh_answers,
+)
 from pockettune.workflow.imports import imported_files
+
+LIBRARIES = ("torch", "transformers", "peft")  # whose versions decide the weights too
+# What SLURM and users set where a GPU is meant to be used, and their words for none.
+RESERVED = ("SLURM_JOB_GPUS", "CUDA_VISIBLE_DEVICES")
+NO_GPU = ("", "-1", "none", "NoDevFiles")
 
 
 def train_adapter(
@@ -47,12 +65,18 @@ def train_adapter(
     train = settings["train"]
     torch.set_num_threads(threads)
     torch.manual_seed(train["seed"])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device(train["device"])
     hardware = Hardware(device, choose_precision(train["precision"], device))
     examples = Examples(tokens / "train.arrow")
     batches = draw_batches(examples.count_tokens(), train)
+    weights = weigh_answers(
+        examples.count_references(),
+        float(examples.count_answer_tokens().mean()),
+        balanced=train["class_weights"] == "balanced",
+    )
     validator = make_validator(settings, tokens, len(batches))
-    model = add_adapter(load_base(base, train, hardware), train, base)
+    with memory_hint(less_memory(train)):
+        model = add_adapter(load_base(base, train, hardware), train, base)
     adapter = [p for p in model.parameters() if p.requires_grad]
     trainable = sum(p.numel() for p in adapter)
     program.logger.info(
@@ -60,9 +84,9 @@ def train_adapter(
         len(examples), f"{trainable:,}", hardware.precision, device,
     )  # fmt: skip
     disk.require_space(output, sum(p.numel() * p.element_size() for p in adapter))
-    checkpoint = scratch / deciding_digest(settings, base, tokens, hardware)
+    checkpoint = scratch / deciding_digest(settings, base, tokens, hardware, threads)
     state = run_updates(
-        model, examples, batches, train, hardware, validator, checkpoint, save_every
+        model, examples, batches, train, weights, hardware, validator, checkpoint, save_every
     )
     with program.staged(output) as partial:
         model.save_pretrained(partial)  # type: ignore[operator]  # PEFT wraps a Module
@@ -74,7 +98,7 @@ def train_adapter(
             "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
             "seconds": round(state.seconds, 2),
             "peak_memory_bytes": peak_memory(device),
-            "provenance": metrics.provenance("torch", "transformers", "peft"),
+            "provenance": metrics.provenance(*LIBRARIES),
             **describe_course(state, validator, len(batches)),
         }
         program.write_json(partial / "training.json", summary)
@@ -85,19 +109,25 @@ def train_adapter(
 def make_validator(settings: Mapping[str, Any], tokens: Path, updates: int) -> Validator | None:
     """Return what scores the model while it is trained; None where eval_every is null.
 
-    Rows whose text stands in train are left out: knowing them by heart is no merit.
+    Rows whose text stands in train are left out, unless all do: knowing them by heart is no merit.
     """
     train = settings["train"]
     if train["eval_every"] is None:
         return None
     rows = Examples(tokens / "validation.arrow")
-    unseen = [row for row in rows if not row.seen] or list(rows)
+    unseen = [row for row in rows if not row.seen]
+    if not unseen:
+        program.logger.warning(
+            "every row of validation stands in train: the best adapter is chosen on what it was"
+            " trained on, and its scores there say nothing; take other rows for validation"
+        )
     answers = program.read_json(tokens / "answers.json")
     return Validator(
         task=load_task(settings["task"], settings["dataset"]),
-        examples=take_evenly(unseen, train["eval_limit"]),
+        examples=take_evenly(unseen or list(rows), train["eval_limit"]),
         words=answers["words"],
         answer_ids=answers["ids"],
+        metric=train["metric"],
         interval=max(round(train["eval_every"] * updates / train["epochs"]), 1),
     )
 
@@ -106,7 +136,7 @@ def describe_course(
     state: TrainingState, validator: Validator | None, planned: int
 ) -> dict[str, Any]:
     """Return what happened from update to update, for training.json."""
-    metric = validator.task.metric if validator else None
+    metric = validator.metric if validator else None
     best = state.best_validation(metric) if metric else None
     return {
         "planned_updates": planned,
@@ -114,20 +144,61 @@ def describe_course(
         "metric": metric,
         "exported_update": best["update"] if best else len(state.updates),
         "validation_rows": len(validator.examples) if validator else 0,
+        "validation_seen": any(e.seen for e in validator.examples) if validator else False,
         "validations": state.validations,
         "updates": state.updates,
+        **describe_trust(state, validator),
     }
 
 
+def describe_trust(state: TrainingState, validator: Validator | None) -> dict[str, Any]:
+    """Return how far the kept adapter's probabilities are right, as its validation shows it."""
+    if validator is None or state.best_scores is None:
+        return {"temperature": None, "coverage": None}
+    scores, true = state.best_scores.numpy(), validator.true_answers()
+    temperature = calibration.fit_temperature(scores, true)
+    value = temperature["value"] if temperature else 1.0
+    return {"temperature": temperature, "coverage": calibration.cover(scores, true, value)}
+
+
 def deciding_digest(
-    settings: Mapping[str, Any], base: Path, tokens: Path, hardware: Hardware
+    settings: Mapping[str, Any], base: Path, tokens: Path, hardware: Hardware, threads: int
 ) -> str:
-    """Return a digest of all that decides the weights, this program's own lines included."""
+    """Return a digest of all that decides the weights: this program's own lines, the libraries'
+    versions and the number of threads, which orders sums, included."""
     program_file = Path(__file__)
     code = [program_file, *imported_files(program_file, root=program_file.parent)]
     inputs = [tokens / name for name in ("train.arrow", "validation.arrow", "answers.json")]
     files = [*code, *inputs, base / "config.json", *weight_files(base)]
-    return checkpoints.digest([settings, hardware.device, hardware.precision], files)
+    versions = {name: version(name) for name in LIBRARIES}
+    deciding = [settings, hardware.device, hardware.precision, threads, versions]
+    return checkpoints.digest(deciding, files)
+
+
+def choose_device(wanted: str) -> str:
+    """Return what to train on; `auto` takes a GPU where there is one.
+
+    Raises UserError where one is asked for, or was reserved for this job, and PyTorch sees none: the
+    job would hold it for hours and compute on the CPU.
+    """
+    if wanted == "cpu":
+        return "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    reserved = next((name for name in RESERVED if os.environ.get(name, "") not in NO_GPU), None)
+    if wanted == "auto" and reserved is None:
+        if shutil.which("nvidia-smi"):
+            program.logger.warning(
+                "training on the CPU: this machine has nvidia-smi, but PyTorch %s sees no GPU",
+                torch.__version__,
+            )
+        return "cpu"
+    why = f"{reserved} is {os.environ[reserved]}" if reserved else "train.device is cuda"
+    raise UserError(
+        f"{why}, but PyTorch {torch.__version__} sees no GPU: it is a build for the CPU (conda chooses"
+        " one where it is installed on a machine without a GPU: docs/cluster.md) or the driver is too"
+        " old for it; to train on the CPU all the same, set train.device to cpu"
+    )
 
 
 def choose_precision(wanted: str, device: str) -> str:

@@ -19,7 +19,7 @@ from pockettune.runtimes.packing import (
     pack,
     packed_logits,
 )
-from pockettune.training.loop import batch_loss, cut_batch, draw_batches
+from pockettune.training.loop import AnswerWeights, batch_loss, cut_batch, draw_batches
 
 # fp32 sums in another order for another shape of the batch.
 LOGIT_TOLERANCE = 1e-5
@@ -28,6 +28,7 @@ GRADIENT_TOLERANCE = 1e-5  # of the largest gradient
 START = [3, 14, 15, 92, 65]
 ADAPTER = {"rank": 4, "alpha": 8, "dropout": 0.0, "variant": "lora",
            "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}  # fmt: skip
+WEIGHTS = AnswerWeights(mean_tokens=2.5)
 SETTINGS: dict[str, Any] = {
     "batch_size": 2, "batch_tokens": None, "gradient_accumulation": 1, "epochs": 1, "seed": 1,
 }  # fmt: skip
@@ -111,8 +112,8 @@ def test_next_token_logits_do_not_depend_on_the_grouping(
 
 def test_loss_of_a_batch_is_the_mean_of_its_examples(model: torch.nn.Module) -> None:
     with torch.inference_mode():
-        together = batch_loss(model, EXAMPLES)
-        alone = torch.stack([batch_loss(model, [example]) for example in EXAMPLES]).mean()
+        together = batch_loss(model, EXAMPLES, WEIGHTS)
+        alone = torch.stack([batch_loss(model, [example], WEIGHTS) for example in EXAMPLES]).mean()
     torch.testing.assert_close(together, alone, atol=LOGIT_TOLERANCE, rtol=0)
 
 
@@ -130,10 +131,7 @@ def usual_loss(model: torch.nn.Module, examples: Sequence[Example]) -> torch.Ten
     losses = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), torch.tensor(labels)[:, 1:].flatten(), reduction="none"
     ).view(len(examples), -1)
-    return sum(
-        (row.sum() / len(e.answer_ids) for row, e in zip(losses, examples, strict=True)),
-        torch.tensor(0.0),
-    ) / len(examples)
+    return losses.sum() / WEIGHTS.mean_tokens / len(examples)
 
 
 def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -156,7 +154,7 @@ def test_gradient_is_that_of_the_padded_computation_with_all_logits(
             if "lora_" in name:  # B starts at zero, which would hide the gradient of A
                 parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
         models.append(loaded)
-    ours = gradients(models[0], batch_loss(models[0], examples))
+    ours = gradients(models[0], batch_loss(models[0], examples, WEIGHTS))
     plain = gradients(models[1], usual_loss(models[1], examples))
     assert ours.keys() == plain.keys() and len(ours) == 2 * 7 * 2
     largest = max(float(g.abs().max()) for g in plain.values())

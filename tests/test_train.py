@@ -6,9 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,24 +19,28 @@ from conftest import ROOT
 from merge_adapter import merge_adapter
 from pockettune.common.errors import UserError
 from pockettune.data.prompts import Example, write_examples
+from pockettune.evaluation import calibration
+from pockettune.evaluation.scoring import score_answers
 from pockettune.models.adapters import add_adapter
 from pockettune.models.folder import load_model
-from pockettune.runtimes.packing import ATTENTION
+from pockettune.runtimes.memory import is_out_of_memory
+from pockettune.runtimes.packing import ATTENTION, next_token_logits
 from pockettune.training import loop
-from pockettune.training.loop import batch_loss, cut_batch, is_out_of_memory
-from train_adapter import choose_precision, train_adapter
+from pockettune.training.loop import AnswerWeights, batch_loss, cut_batch, weigh_answers
+from train_adapter import choose_device, choose_precision, train_adapter
 
 TRAIN: dict[str, Any] = {
     "adapter": None, "variant": "lora", "rank": 4, "alpha": 8, "dropout": 0.1,
     "target_modules": ["q_proj", "v_proj", "down_proj"], "learning_rate": 1e-2,
     "batch_size": 4, "batch_tokens": None, "gradient_accumulation": 1, "epochs": 8,
     "warmup_ratio": 0.1, "scheduler": "cosine", "seed": 3, "quantization": "none",
-    "gradient_checkpointing": False, "precision": "fp32",
-    "eval_every": 1, "eval_limit": None, "patience": None,
+    "gradient_checkpointing": False, "class_weights": "none", "device": "auto", "precision": "fp32",
+    "eval_every": 1, "eval_limit": None, "metric": "accuracy", "patience": None,
 }  # fmt: skip
 TASK = {"type": "classification", "system": "", "prompt": "{text}", "labels": {"0": "差", "1": "好"}}  # fmt: skip
 DATASET = {"text_column": "text", "label_column": "label"}
 WORDS = {"差": [7, 2], "好": [9, 2]}
+WEIGHTS = AnswerWeights(mean_tokens=2)
 
 
 def make_example(number: int) -> Example:
@@ -133,13 +140,11 @@ def test_best_validation_is_exported_and_training_stops_early(
     validator = make_validator(untrained, tokens, updates=120)
     assert validator is not None
     adapted = PeftModel.from_pretrained(model, tmp_path / "adapter")
-    again = validator.score(adapted, loop.Hardware("cpu", "fp32"))
+    again, _ = validator.score(adapted, loop.Hardware("cpu", "fp32"))
     assert again["loss"] == pytest.approx(-scores[best][1], rel=1e-5)
 
 
 def test_rows_seen_in_train_choose_nothing(tokens: Path) -> None:
-    from dataclasses import replace
-
     from train_adapter import make_validator
 
     rows = [replace(make_example(n), seen=n % 3 == 0) for n in range(16, 24)]
@@ -241,7 +246,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(tiny_model: Path) ->
     for size in (6, 4, 1):
         model.zero_grad()
         for part in cut_batch(examples, TRAIN | {"batch_size": size}, "cpu"):
-            (batch_loss(model, part) * len(part) / len(examples)).backward()
+            (batch_loss(model, part, WEIGHTS) * len(part) / len(examples)).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]))
     assert gradients[0].abs().max() > 1e-3
     for other in gradients[1:]:
@@ -279,14 +284,149 @@ def test_trainable_parameters_of_the_default_model(modules: list[str], parameter
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == parameters
 
 
+# --- what answers count for ---
+
+
+def learn_answers(
+    model_folder: Path, answers: list[list[int]], weights: AnswerWeights
+) -> np.ndarray:
+    """Return the probabilities of answers that follow the same prompt equally often, once learned."""
+    model = load_model(model_folder, attention=ATTENTION, dtype=torch.float32)
+    prompt = [10, 20, 30]
+    rows = [
+        Example(str(n), "", prompt, ids, str(n), seen=False, cut=False, defused=False)
+        for n, ids in enumerate(answers)
+    ]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(60):
+        batch_loss(model, rows, weights).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    logits = partial(next_token_logits, model)
+    probabilities: np.ndarray = np.exp(score_answers(logits, [prompt], answers)[0])
+    return probabilities
+
+
+def test_answers_of_fewer_tokens_are_not_favoured(tiny_model: Path) -> None:
+    """Half of the rows is answered with two tokens, half with four: each is as likely."""
+    answers = [[7, 2], [9, 30, 31, 2]]
+    found = learn_answers(tiny_model, answers, AnswerWeights(mean_tokens=3))
+    np.testing.assert_allclose(found, 0.5, atol=0.02)
+
+
+def test_balanced_classes_count_alike() -> None:
+    weights = weigh_answers({"差": 95, "好": 5}, 2.0, balanced=True)
+    assert weights.classes["差"] * 95 == pytest.approx(50) == weights.classes["好"] * 5
+    assert weights.of_token(make_example(1)) == pytest.approx(10 / 2)
+    assert weigh_answers({"差": 95, "好": 5}, 2.0, balanced=False).of_token(make_example(1)) == 0.5
+
+
+def test_rare_labels_choose_the_best_by_macro_f1(
+    tiny_model: Path, tokens: Path, tmp_path: Path
+) -> None:
+    summary = train(tiny_model, tokens, tmp_path / "adapter", metric="macro_f1", epochs=2)
+    assert summary["metric"] == "macro_f1" and set(summary["validations"][0]) == {
+        "update", "macro_f1", "loss"}  # fmt: skip
+
+
+# --- how far probabilities can be trusted ---
+
+
+def test_temperature_sets_probabilities_right(
+    tiny_model: Path, tokens: Path, tmp_path: Path
+) -> None:
+    source = np.random.default_rng(0)
+    logit = source.normal(0, 2, size=4000)
+    true = (source.random(4000) < 1 / (1 + np.exp(-logit))).astype(int)
+    overconfident = np.stack([np.zeros(4000), 3 * logit], axis=1)  # three times as sure as right
+    fitted = calibration.fit_temperature(overconfident, true)
+    assert fitted is not None
+    assert fitted["value"] == pytest.approx(3, rel=0.1)
+    assert fitted["loss_after"] < fitted["loss_before"]
+    assert fitted["calibration_error_after"] < 0.03 < fitted["calibration_error_before"]
+    table = calibration.cover(overconfident, true, fitted["value"])
+    coverage, accuracy = ([row[name] for row in table] for name in ("coverage", "accuracy"))
+    assert coverage[0] == 1 and coverage == sorted(coverage, reverse=True)
+    assert accuracy == sorted(accuracy) and accuracy[-1] > 0.98
+
+
+def test_no_temperature_where_nothing_tells_one() -> None:
+    scores = np.log(np.array([[0.9, 0.1]] * 40))
+    assert calibration.fit_temperature(scores, np.zeros(40, dtype=int)) is None, "all are right"
+    assert calibration.fit_temperature(scores[:9], np.array([1] + [0] * 8)) is None, "few rows"
+
+
+def test_validation_of_seen_rows_is_said(
+    tiny_model: Path, tokens: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert train(tiny_model, tokens, tmp_path / "a", epochs=1)["validation_seen"] is False
+    rows = [replace(make_example(n), seen=True) for n in range(16, 24)]
+    write_examples(tokens / "validation.arrow", rows)
+    assert train(tiny_model, tokens, tmp_path / "b", epochs=1)["validation_seen"] is True
+    assert "every row of validation stands in train" in caplog.text
+
+
+# --- devices ---
+
+
+@pytest.mark.parametrize("name", ["SLURM_JOB_GPUS", "CUDA_VISIBLE_DEVICES"])
+def test_reserved_gpu_that_is_not_seen_is_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("SLURM_JOB_GPUS", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto") == "cpu"
+    with pytest.raises(UserError, match=r"train\.device is cuda, but PyTorch .* sees no GPU"):
+        choose_device("cuda")
+    monkeypatch.setenv(name, "0")
+    with pytest.raises(UserError, match=rf"{name} is 0, but PyTorch .* set train\.device to cpu"):
+        choose_device("auto")
+    assert choose_device("cpu") == "cpu"
+    monkeypatch.setenv(name, "-1")
+    assert choose_device("auto") == "cpu"
+
+
+def test_random_state_of_one_gpu_alone_is_kept(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training that began where four GPUs were visible goes on where one is."""
+    kept = torch.arange(16, dtype=torch.uint8)
+    restored = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: kept)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [kept] * 4)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", restored.append)
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", lambda states: pytest.fail("four of them"))
+    model = add_adapter(load_model(tiny_model, dtype=torch.float32), TRAIN, tiny_model)
+    state = loop.start_training(model, TRAIN, loop.Hardware("cpu", "fp32"), updates=4)
+    state.restore(state.as_dict())
+    assert [list(r) for r in restored] == [list(kept)]
+
+
+def test_threads_and_versions_decide_the_checkpoint(
+    tiny_model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import train_adapter as program
+
+    def digest(threads: int) -> str:
+        hardware = loop.Hardware("cpu", "fp32")
+        return program.deciding_digest(settings(), tiny_model, tokens, hardware, threads)
+
+    first = digest(1)
+    assert first == digest(1) != digest(2)
+    monkeypatch.setattr(program, "version", lambda name: "0.0")
+    assert digest(1) != first
+
+
 # --- failing ---
 
 
 def test_loss_that_is_not_finite_names_the_setting_and_leaves_nothing(
     tiny_model: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def diverged(model: torch.nn.Module, examples: list[Example]) -> torch.Tensor:
-        return batch_loss(model, examples) * float("nan")
+    def diverged(model: torch.nn.Module, *arguments: Any) -> torch.Tensor:
+        return batch_loss(model, *arguments) * float("nan")
 
     monkeypatch.setattr(loop, "batch_loss", diverged)
     with pytest.raises(UserError, match=r"the loss became nan at update 1: lower train\.learning_"):
@@ -297,18 +437,36 @@ def test_loss_that_is_not_finite_names_the_setting_and_leaves_nothing(
 def test_memory_that_runs_out_names_the_settings_and_leaves_nothing(
     tiny_model: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def greedy(model: torch.nn.Module, examples: list[Example]) -> torch.Tensor:
+    def greedy(*_: Any) -> torch.Tensor:
         return torch.empty(2**60)  # the allocator's own error
 
     monkeypatch.setattr(loop, "batch_loss", greedy)
     with pytest.raises(UserError, match=r"out of memory .*: lower train\.batch_size \(4\) and"):
         train(tiny_model, tokens, tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"out of memory .*: lower train\.batch_tokens \(64\) and"):
+        train(tiny_model, tokens, tmp_path / "adapter", batch_tokens=64)
     assert not (tmp_path / "adapter").exists()
+
+
+def test_memory_that_runs_out_while_loading_names_the_settings(
+    tiny_model: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import train_adapter as program
+
+    def greedy(*_: Any) -> torch.nn.Module:
+        raise torch.AcceleratorError("CUDA error: out of memory")
+
+    monkeypatch.setattr(program, "load_base", greedy)
+    with pytest.raises(
+        UserError, match=r"out of memory \(CUDA error: out of memory\): lower train"
+    ):
+        train(tiny_model, tokens, tmp_path / "adapter")
 
 
 def test_what_counts_as_out_of_memory() -> None:
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
     assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(torch.AcceleratorError("CUDA error: out of memory"))
     assert not is_out_of_memory(RuntimeError("shapes cannot be multiplied"))
 
 

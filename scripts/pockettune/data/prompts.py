@@ -193,6 +193,17 @@ class Examples(Sequence[Example]):
         lengths = [pc.list_value_length(column).to_numpy() for column in columns]
         return lengths[0] + lengths[1]
 
+    def count_answer_tokens(self) -> np.ndarray:
+        """Return the tokens of each example's answer."""
+        return pc.list_value_length(self._table["answer_ids"]).to_numpy()
+
+    def count_references(self) -> dict[str, int]:
+        """Return how many examples have each right answer, in the order of the answers."""
+        counted = pc.value_counts(self._table["reference"]).to_pylist()
+        return {
+            entry["values"]: entry["counts"] for entry in sorted(counted, key=lambda e: e["values"])
+        }
+
 
 def take_evenly(items: Sequence[Item], limit: int | None) -> list[Item]:
     """Return `limit` items evenly spread over the sequence, all of them where None or more."""

@@ -21,9 +21,6 @@ class Task(Protocol):
     text_field: str
     """The record's field that is compared for duplicates and cut when a prompt is too long."""
 
-    metric: str
-    """The number of `score` by which the best checkpoint is chosen; higher is better."""
-
     def read(self, row: Mapping[str, object]) -> Record:
         """Turn a row of the dataset into a record's fields; ValueError says what is wrong with it."""
 

@@ -9,7 +9,6 @@ class Classification:
     """The model answers with one of the labels of config.yaml's `task.labels`."""
 
     text_field = "text"
-    metric = "accuracy"
 
     def __init__(self, settings: Mapping[str, Any], columns: Mapping[str, str]) -> None:
         self.system = settings["system"]

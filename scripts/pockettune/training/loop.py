@@ -25,10 +25,12 @@ from pockettune.evaluation import metrics
 from pockettune.evaluation.scoring import score_answers
 from pockettune.runtimes import packing
 from pockettune.runtimes.batching import group_by_tokens
+from pockettune.runtimes.memory import memory_hint
 from pockettune.tasks import Task
 from pockettune.training import checkpoints
 
 Settings = Mapping[str, Any]
+Scores = dict[str, float]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 GRADIENT_NORM_LIMIT = 1.0  # the usual clip; keeps one odd batch from undoing the rest
 
@@ -56,20 +58,26 @@ class Validator:
     examples: Sequence[Example]
     words: Sequence[str]  # the allowed answers
     answer_ids: Sequence[Sequence[int]]
+    metric: str  # the number of the task's score by which the best checkpoint is chosen
     interval: int  # updates between two validations
 
-    def score(self, model: torch.nn.Module, hardware: Hardware) -> dict[str, float]:
-        """Return the task's main metric, and "loss": minus the true answer's mean log probability."""
+    def score(self, model: torch.nn.Module, hardware: Hardware) -> tuple[Scores, np.ndarray]:
+        """Return the metric and "loss", minus the true answer's mean log probability; and the
+        answers' log probabilities: (examples, answers)."""
         prompts = [example.prompt_ids for example in self.examples]
         with without_dropout(model), hardware.autocast():
             logits = partial(packing.next_token_logits, model)
             scores = score_answers(logits, prompts, self.answer_ids, "validation")
         predictions = metrics.predict(self.examples, self.words, scores)
-        true = [self.words.index(example.reference) for example in self.examples]
+        true = self.true_answers()
         return {
-            self.task.metric: metrics.score_predictions(self.task, predictions)[self.task.metric],
+            self.metric: metrics.score_predictions(self.task, predictions)[self.metric],
             "loss": -float(scores[np.arange(len(true)), true].mean()),
-        }
+        }, scores
+
+    def true_answers(self) -> np.ndarray:
+        """Return each example's right answer, as its place among `words`: (examples,)."""
+        return np.array([self.words.index(example.reference) for example in self.examples])
 
 
 @contextlib.contextmanager
@@ -100,14 +108,16 @@ class TrainingState:
     updates: list[dict[str, float]] = field(default_factory=list)
     validations: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, torch.Tensor] = field(default_factory=dict)  # weights of the best validation
+    best_scores: torch.Tensor | None = None  # and its log probabilities (examples, answers)
     seconds: float = 0.0
     resumed: int = 0  # times that the training went on from a checkpoint
 
-    PLAIN: ClassVar = ("updates", "validations", "best", "seconds", "resumed")
+    PLAIN: ClassVar = ("updates", "validations", "best", "best_scores", "seconds", "resumed")
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as `checkpoints.save_checkpoint` takes it."""
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        # Of the device in use alone: the next job may see fewer of them.
+        cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
         return {
             "parameters": {name: p.detach() for name, p in self.parameters.items()},
             "optimizer": self.optimizer.state_dict(),
@@ -127,17 +137,18 @@ class TrainingState:
         self.scaler.load_state_dict(saved["scaler"])
         cpu, cuda = saved["random"]
         torch.set_rng_state(cpu.cpu())
-        if cuda:
-            torch.cuda.set_rng_state_all([state.cpu() for state in cuda])
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda.cpu())
         for name in self.PLAIN:
             setattr(self, name, saved[name])
         self.resumed += 1
 
-    def add_validation(self, scores: dict[str, float], metric: str) -> None:
+    def add_validation(self, scores: Scores, metric: str, log_probabilities: np.ndarray) -> None:
         """Record a validation; keep the weights if it is the best: by metric, then by loss."""
         self.validations.append({"update": len(self.updates), **scores})
         if self.best_validation(metric) is self.validations[-1]:
             self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
+            self.best_scores = torch.from_numpy(log_probabilities)
 
     def best_validation(self, metric: str) -> dict[str, Any] | None:
         """Return the best validation so far, the earliest of equals."""
@@ -213,8 +224,36 @@ def _pass_limits(settings: Settings) -> tuple[int | None, float]:
     return settings["batch_size"], math.inf
 
 
-def batch_loss(model: torch.nn.Module, examples: Sequence[Example]) -> torch.Tensor:
-    """Return the mean over examples of each one's mean cross-entropy over its answer tokens."""
+@dataclass(frozen=True)
+class AnswerWeights:
+    """How much each answer counts in the loss."""
+
+    mean_tokens: float  # of the answers of train
+    classes: Mapping[str, float] = field(default_factory=dict)  # by answer; 1 where not named
+
+    def of_token(self, example: Example) -> float:
+        """Return the weight of each token of an example's answer.
+
+        The same for every answer of the same class, however many tokens it has: divided by its own
+        length, the token that decides would count more for shorter labels, and be favoured.
+        """
+        return self.classes.get(example.reference, 1.0) / self.mean_tokens
+
+
+def weigh_answers(counts: Mapping[str, int], mean_tokens: float, balanced: bool) -> AnswerWeights:
+    """Return the weights for rows with these answers; balanced, each class counts as much in all.
+
+    The weights n / (classes * rows of the class), as scikit-learn's "balanced", have the mean 1.
+    """
+    total = sum(counts.values())
+    classes = {word: total / (len(counts) * n) for word, n in counts.items()} if balanced else {}
+    return AnswerWeights(mean_tokens, classes)
+
+
+def batch_loss(
+    model: torch.nn.Module, examples: Sequence[Example], weights: AnswerWeights
+) -> torch.Tensor:
+    """Return the mean over examples of the weighted cross-entropy of all their answer tokens."""
     sequences = [[*e.prompt_ids, *e.answer_ids[:-1]] for e in examples]
     # The token at position p is predicted at p - 1: the answer's first one at the prompt's last.
     positions = [
@@ -222,9 +261,9 @@ def batch_loss(model: torch.nn.Module, examples: Sequence[Example]) -> torch.Ten
     ]
     logits = packing.packed_logits(model, sequences, positions)
     targets = torch.tensor([t for e in examples for t in e.answer_ids], device=logits.device)
-    weights = [1 / len(e.answer_ids) for e in examples for _ in e.answer_ids]
+    of_tokens = [weights.of_token(e) for e in examples for _ in e.answer_ids]
     losses = cross_entropy(logits.float(), targets, reduction="none")
-    return (losses * torch.tensor(weights, device=logits.device)).sum() / len(examples)
+    return (losses * torch.tensor(of_tokens, device=logits.device)).sum() / len(examples)
 
 
 def run_updates(
@@ -232,6 +271,7 @@ def run_updates(
     examples: Sequence[Example],
     batches: Sequence[Sequence[int]],
     settings: Settings,
+    weights: AnswerWeights,
     hardware: Hardware,
     validator: Validator | None,
     scratch: Path,
@@ -246,7 +286,7 @@ def run_updates(
     if saved := checkpoints.load_checkpoint(scratch, hardware.device):
         state.restore(saved)
         program.logger.info("going on after update %d of %d", len(state.updates), len(batches))
-    metric = validator.task.metric if validator else ""
+    metric = validator.metric if validator else ""
     begun = time.perf_counter() - state.seconds
     last_saved = time.perf_counter()
     model.train()
@@ -259,12 +299,13 @@ def run_updates(
             if validator and state.has_stopped_improving(metric, settings["patience"]):
                 program.logger.info("stopped early: %d validations no better", settings["patience"])
                 break
-            with memory_hint(settings):
-                make_update(model, [examples[row] for row in rows], state, settings, hardware)
+            with memory_hint(less_memory(settings)):
+                batch = [examples[row] for row in rows]
+                make_update(model, batch, state, settings, weights, hardware)
                 number = len(state.updates)
                 if validator and (number % validator.interval == 0 or number == len(batches)):
-                    scores = validator.score(model, hardware)
-                    state.add_validation(scores, metric)
+                    scores, log_probabilities = validator.score(model, hardware)
+                    state.add_validation(scores, metric, log_probabilities)
                     told = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
                     program.logger.info("validation after update %d: %s", number, told)
             state.seconds = time.perf_counter() - begun
@@ -292,13 +333,14 @@ def make_update(
     batch: Sequence[Example],
     state: TrainingState,
     settings: Settings,
+    weights: AnswerWeights,
     hardware: Hardware,
 ) -> None:
     """Change the parameters once, by the mean loss over `batch`."""
     loss = torch.zeros((), device=hardware.device)
     for part in cut_batch(batch, settings, hardware.device):
         with hardware.autocast():
-            share = batch_loss(model, part) * (len(part) / len(batch))
+            share = batch_loss(model, part, weights) * (len(part) / len(batch))
         state.scaler.scale(share).backward()
         loss += share.detach()
     if not torch.isfinite(loss):
@@ -316,23 +358,13 @@ def make_update(
     state.scheduler.step()
 
 
-@contextlib.contextmanager
-def memory_hint(settings: Settings) -> Iterator[None]:
-    """Turn running out of memory into a line that names the settings to change."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        first_line = (str(error).splitlines() or ["no details"])[0]
-        raise UserError(
-            f"out of memory ({first_line[:200]}): lower train.batch_size ({settings['batch_size']})"
-            " and raise train.gradient_accumulation by as much, set train.gradient_checkpointing to"
-            " true, or lower tokenize.max_length"
-        ) from error
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an exception is the allocator's, of a GPU or of the CPU."""
-    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return known or "DefaultCPUAllocator" in str(error)
+def less_memory(settings: Settings) -> str:
+    """Return which settings to change where memory is out."""
+    if settings["batch_tokens"]:
+        smaller = f"lower train.batch_tokens ({settings['batch_tokens']})"
+    else:
+        smaller = f"lower train.batch_size ({settings['batch_size']})"
+    return (
+        f"{smaller} and raise train.gradient_accumulation by as much, set"
+        " train.gradient_checkpointing to true, or lower tokenize.max_length"
+    )
