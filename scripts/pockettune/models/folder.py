@@ -139,6 +139,13 @@ def _tokenizer_faults(folder: Path) -> list[str]:
     return []
 
 
+def context_length(folder: Path) -> int | None:
+    """Return the most tokens that a model folder's config.json says the model can hold, if it does."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    text = config.get("text_config", config)  # beside a vision_config, as Gemma 3's larger models have
+    return text.get("max_position_embeddings") or text.get("n_positions")  # GPT-2's name for it
+
+
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Copy the tokenizer's files byte for byte.
 
