@@ -233,7 +233,7 @@ def test_a_prompt_that_ends_in_a_thought_is_said(
 
 def test_options_that_a_template_does_not_read_are_refused(load: Any) -> None:
     tokenizer = load(QWEN_3, IM, "<|im_end|>")
-    with pytest.raises(UserError, match="names bos_token, enable_thinkin, messages, which .* not read; it reads .*enable_thinking"):  # fmt: skip
+    with pytest.raises(UserError, match=r"names bos_token, enable_thinkin, messages, which .* not read; it reads .*enable_thinking"):  # fmt: skip
         maker(
             tokenizer, template_options={"enable_thinkin": False, "messages": "", "bos_token": ""}
         )

@@ -86,7 +86,7 @@ def end_of_answer(tokenizer: "PreTrainedTokenizerBase") -> int:
     behind = rendered[rendered.rfind(PROBE) :]
     tokens = "|".join(map(re.escape, control_tokens(tokenizer)))
     if tokens and rendered.count(PROBE) == 2 and (found := re.search(tokens, behind)):
-        return int(tokenizer.convert_tokens_to_ids(found[0]))
+        return tokenizer.get_vocab()[found[0]]
     return int(tokenizer.eos_token_id)
 
 

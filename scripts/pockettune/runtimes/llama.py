@@ -95,7 +95,8 @@ class LlamaModel:
             self.vocabulary, data, len(data), ids, len(ids), False, True
         )
         assert count >= 0, "a token stands for at least one byte"
-        found, bos = list(ids[:count]), self.special_token("bos")
+        found = list(ids[:count])
+        bos = llama_cpp.llama_vocab_bos(self.vocabulary)
         return [bos, *found] if self.adds_bos() and found[:1] != [bos] else found
 
     def special_token(self, name: str) -> int | None:
