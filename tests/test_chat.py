@@ -223,6 +223,13 @@ def test_options_reach_the_template(load: Any, caplog: pytest.LogCaptureFixture)
     assert "set task.template_options: {enable_thinking: false}" in caplog.text
 
 
+def test_a_runtime_is_told_not_to_think_where_the_template_does_not(load: Any) -> None:
+    """llama-server sets enable_thinking where a template knows it, whatever the template's default."""
+    asks = "{% if enable_thinking is defined and enable_thinking %}{{ '<think>' }}{% endif %}"
+    told = describe_chat(load(CHATML + ASK + asks, IM, "<|im_end|>"), load_task(TASK, COLUMNS))
+    assert told["options"] == {"enable_thinking": False} and "<think>" not in told["prompt"]
+
+
 def test_a_prompt_that_ends_in_a_thought_is_said(
     load: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

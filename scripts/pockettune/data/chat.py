@@ -151,18 +151,19 @@ def describe_serving(
     """Return what a runtime needs to know to ask as was asked here.
 
     "prompt": the messages as rendered, without the BOS that the runtime adds; "end": the token that
-    ends an answer; "options": the template's variables to set, the day among them where it is read;
-    "day": the day that was told; "reads_clock": whether the template asks for the day by itself, which
-    no option changes.
+    ends an answer; "options": the template's variables to set, also those that llama.cpp's chat programs
+    would else set otherwise; "day": the day that was told; "reads_clock": whether the template asks for
+    the day by itself, which no option changes.
     """
     prompt = render_chat(tokenizer, messages, options)
     clock = render_chat(tokenizer, messages, {**day_options(DAY), **options}, day=ANOTHER_DAY)
+    ours = {**day_options(DAY), "enable_thinking": False}
+    theirs = {**day_options(ANOTHER_DAY), "enable_thinking": True}  # a runtime's, of its day
     told = {
         key: value
-        for key, value in day_options(DAY).items()
+        for key, value in ours.items()
         if key not in options
-        and prompt
-        != render_chat(tokenizer, messages, {**options, key: day_options(ANOTHER_DAY)[key]})
+        and render_chat(tokenizer, messages, {**options, key: theirs[key]}) != prompt
     }
     return {
         "prompt": prompt.removeprefix(str(tokenizer.bos_token)) if added_bos(tokenizer) else prompt,
