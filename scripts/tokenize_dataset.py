@@ -61,7 +61,7 @@ def tokenize_dataset(
 
 def describe_chat(tokenizer: Any, task: Task) -> dict[str, Any]:
     """Return what chat.json holds; warn of what the answers, or a phone's prompts, may suffer from."""
-    frame = {"id": "of the frame", task.text_field: "{text}"}
+    frame = {"id": "(a trial)", task.text_field: "{text}"}
     render_prompt(tokenizer, task, frame)  # says what is wrong with the template
     messages, options = task.prompt(frame), task.template_options
     told = describe_serving(tokenizer, messages, options)

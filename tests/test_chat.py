@@ -294,6 +294,16 @@ def test_a_dropped_system_message_names_the_remedy(load: Any) -> None:
         make(maker(load(drops + ASK, IM, "<|im_end|>")))
 
 
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [("{% for m in messages %}", "Unexpected end of template"), ([{"name": "rag", "template": "x"}], "rag")],
+    ids=["no jinja", "no default"],
+)  # fmt: skip
+def test_a_template_that_cannot_be_read_is_refused(template: Any, message: str, load: Any) -> None:
+    with pytest.raises(UserError, match=f"its chat template cannot be used: .*{message}"):
+        load(template, IM, "<|im_end|>")
+
+
 def test_a_template_without_the_text_is_refused(load: Any) -> None:
     with pytest.raises(UserError, match="does not write the user message of record test-1"):
         make(maker(load("{{ messages[0]['content'] }}", IM, "<|im_end|>")))

@@ -233,6 +233,7 @@ REBUILDS: dict[str, tuple[Callable[[Path], object], dict[str, int]]] = {
     "two values of train swapped": (edit_config(swap_rank_and_alpha), FROM_TRAIN),
     "tokenize.max_length": (edit_run("tokenize", max_length=64), FROM_TOKENIZE),
     "task.prompt": (edit_run("task", prompt="{text}"), FROM_TOKENIZE),
+    "task.template_options": (edit_run("task", template_options={"a": True}), FROM_TOKENIZE),
     "dataset.label_column": (edit_run("dataset", label_column="x"), FROM_DATASET),
     "a row of the dataset": (append("data/test.csv", "很好,1\n"), FROM_DATASET),
     "a line of merge_adapter.py": (append("scripts/merge_adapter.py", "# x\n"), FROM_MERGE),

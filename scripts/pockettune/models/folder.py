@@ -160,12 +160,17 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
-    """Load a model folder's tokenizer; UserError where it has no chat template or end of turn."""
+    """Load a model folder's tokenizer; UserError where it has no usable chat template or end of turn."""
     from transformers import AutoTokenizer
+    from transformers.utils.chat_template_utils import _compile_jinja_template
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if tokenizer.chat_template is None:
         raise UserError(f"model {folder}: no chat template; take the Instruct version of the model")
+    try:
+        _compile_jinja_template(tokenizer.get_chat_template())
+    except Exception as error:  # no Jinja, or several templates of which none is the default
+        raise UserError(f"model {folder}: its chat template cannot be used: {error}") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"model {folder}: the tokenizer names no eos_token, so answers never end")
     return tokenizer
