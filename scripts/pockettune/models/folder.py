@@ -142,9 +142,7 @@ def _tokenizer_faults(folder: Path) -> list[str]:
 def context_length(folder: Path) -> int | None:
     """Return the most tokens that a model folder's config.json says the model can hold, if it does."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    text = config.get(
-        "text_config", config
-    )  # beside a vision_config, as Gemma 3's larger models have
+    text = config.get("text_config", config)  # apart where the model also sees, as Gemma 3 4B
     return text.get("max_position_embeddings") or text.get("n_positions")  # GPT-2's name for it
 
 
