@@ -88,7 +88,7 @@ def dataset_settings(wildcards):
     task = {key: config["task"][key] for key in ("type", "labels")}
     chosen = {
         "dataset": config["dataset"],
-        "task": {**task, "system": "", "prompt": "{text}"},
+        "task": {**task, "system": "", "prompt": "{text}", "template_options": {}},
     }
     return json.dumps(chosen, sort_keys=True, ensure_ascii=False)
 

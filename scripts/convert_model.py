@@ -20,6 +20,7 @@ from unittest import mock
 
 from pockettune.common import program
 from pockettune.common.errors import UserError
+from pockettune.data.chat import DAY, day_options
 from pockettune.gguf.files import check_tensors
 from pockettune.gguf.tokenizer import name_pre_tokenizer
 from pockettune.models.folder import tensor_shapes
@@ -106,6 +107,9 @@ def with_task(metadata: Any, task: Mapping[str, Any]) -> Callable[..., None]:
         write(self, writer)
         for key in ("type", "system", "prompt"):
             writer.add_string(f"pockettune.task.{key}", task[key])
+        options = json.dumps(task["template_options"], sort_keys=True, ensure_ascii=False)
+        writer.add_string("pockettune.task.template_options", options)
+        writer.add_string("pockettune.task.day", day_options(DAY)["date_string"])
         for key, values in (("values", list(task["labels"])), ("labels", list(task["labels"].values()))):  # fmt: skip
             writer.add_array(f"pockettune.task.{key}", values)
 

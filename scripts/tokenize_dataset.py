@@ -2,7 +2,8 @@
 
 Input   {train,validation,test}.jsonl, the base model's tokenizer and chat template
 Output  a folder with {train,validation,test}.arrow (see pockettune.data.prompts.Example),
-        answers.json (the allowed answers and their token ids) and statistics.json
+        answers.json (the allowed answers, their token ids, the tokens that end them), statistics.json
+        and chat.json (what a runtime needs to know to ask alike, see describe_serving)
 """
 
 import argparse
@@ -15,10 +16,12 @@ from typing import Any
 import numpy as np
 
 from pockettune.common import program
-from pockettune.data.prompts import Example, ExampleMaker, write_examples
+from pockettune.common.errors import UserError
+from pockettune.data.chat import describe_serving, thinking_hint
+from pockettune.data.prompts import Example, ExampleMaker, render_prompt, write_examples
 from pockettune.data.records import count_records, read_records
-from pockettune.models.folder import load_tokenizer
-from pockettune.tasks import load_task
+from pockettune.models.folder import context_length, load_tokenizer
+from pockettune.tasks import Task, load_task
 
 
 def tokenize_dataset(
@@ -26,7 +29,15 @@ def tokenize_dataset(
 ) -> None:
     """Write the tokens of every split to the folder `output`."""
     task = load_task(settings["task"], settings["dataset"])
-    maker = ExampleMaker(load_tokenizer(model), task, settings["tokenize"]["max_length"])
+    max_length = settings["tokenize"]["max_length"]
+    if (longest := context_length(model)) and max_length > longest:
+        raise UserError(
+            f"tokenize.max_length is {max_length:,}, the model's context ends at {longest:,} tokens"
+            " (its config.json); lower it"
+        )
+    tokenizer = load_tokenizer(model)
+    maker = ExampleMaker(tokenizer, task, max_length)
+    chat = describe_chat(tokenizer, task)
     statistics = {}
     with program.staged(output) as partial:
         partial.mkdir()
@@ -38,9 +49,32 @@ def tokenize_dataset(
             write_examples(partial / f"{split}.arrow", counts.watch(maker.make(records)))
             statistics[split] = counts.describe()
             program.logger.info("%s: %s", split, statistics[split])
-        answers = {"words": list(maker.answer_ids), "ids": list(maker.answer_ids.values())}
+        answers = {
+            "words": list(maker.answer_ids),
+            "ids": list(maker.answer_ids.values()),
+            "ends": maker.ends,
+        }
         program.write_json(partial / "answers.json", answers)
+        program.write_json(partial / "chat.json", chat)
         program.write_json(partial / "statistics.json", statistics)
+
+
+def describe_chat(tokenizer: Any, task: Task) -> dict[str, Any]:
+    """Return what chat.json holds; warn of what the answers, or a phone's prompts, may suffer from."""
+    frame = {"id": "(a trial)", task.text_field: "{text}"}
+    render_prompt(tokenizer, task, frame)  # says what is wrong with the template
+    messages, options = task.prompt(frame), task.template_options
+    told = describe_serving(tokenizer, messages, options)
+    program.logger.info("an answer ends with %s", told["end"])
+    if hint := thinking_hint(tokenizer, messages, options):
+        program.logger.warning("%s", hint)
+    if told["reads_clock"]:
+        program.logger.warning(
+            "the model's chat template writes the day, which no option sets: trained and scored as of"
+            " %s; a phone writes its own, unless it is given the prompt as the card shows it",
+            told["day"],
+        )
+    return told
 
 
 class Statistics:

@@ -47,6 +47,7 @@ def gather(arguments: argparse.Namespace) -> dict[str, Any]:
         "training": training,
         "audit": audit,
         "tokens": program.read_json(arguments.tokens / "statistics.json"),
+        "chat": program.read_json(arguments.tokens / "chat.json"),
         "jobs": read_benchmarks(arguments.benchmarks),
         "source": program.read_json(arguments.base / "source.json"),
         "config": settings,
@@ -73,7 +74,7 @@ def render(template: Path, content: Mapping[str, Any]) -> str:
     )
     environment.filters |= {
         "percent": percent, "megabytes": megabytes, "duration": duration, "points": points,
-        "scientific": scientific, "fenced": fenced,
+        "scientific": scientific, "fenced": fenced, "quoted": quoted,
     }  # fmt: skip
     return environment.get_template(template.name).render(content)
 
@@ -155,6 +156,11 @@ def points(share: float) -> str:
 
 def scientific(value: float | None) -> str:
     return "–" if value is None else f"{value:.1e}" if 0 < abs(value) < 0.001 else f"{value:.4f}"
+
+
+def quoted(text: str) -> str:
+    """Return a text as JSON writes it, so that the line breaks at its end can be seen and copied."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def fenced(text: str) -> str:

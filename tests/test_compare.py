@@ -113,7 +113,7 @@ def test_divergence_from_f16_is_over_the_whole_vocabulary(tmp_path: Path) -> Non
     examples = [Example(f"test-{n}", "", [n], [7 + n % 2, 2], WORDS[n % 2], False, False, False) for n in range(6)]  # fmt: skip
     write_examples(tmp_path / "test.arrow", examples)
     (tmp_path / "answers.json").write_text(json.dumps({"words": WORDS, "ids": [[7, 2], [8, 2]]}))
-    task = {"type": "classification", "system": "", "prompt": "{text}", "labels": {"0": "差", "1": "好"}}  # fmt: skip
+    task = {"type": "classification", "system": "", "prompt": "{text}", "labels": {"0": "差", "1": "好"}, "template_options": {}}  # fmt: skip
 
     def evaluate(stage: str, sharpness: float, **paths: Path | None) -> dict[str, Any]:
         @contextmanager

@@ -61,6 +61,8 @@ def put(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (put("quantize.f16", {"type": "Q8_0"}), "the name 'f16'"),
         (put("task.prompt", "no place"), "task.prompt does not hold {text}"),
         (put("task.labels", {"0": "好", "1": "好"}), "the same word for two values"),
+        (put("task.labels", {"0": "差", "1": "差 ", "2": "\u3000好"}), "'差 ', '\\u3000好' begins or ends with a space"),
+        (put("task.template_options", {"tools": ["a"]}), "task.template_options.tools is ['a'], not"),
         (put("dataset.files", {"train": "a.csv"}), "needs train, validation and test, or all alone"),
         (put("train", None), "train is None, not a section"),
         (put("hub.endpoint", "https://a.b"), "unknown key hub.endpoint; it is an entry of hub.sources now"),

@@ -13,7 +13,7 @@ from pockettune.common.errors import UserError
 from pockettune.data.records import read_records, read_table
 
 CHNSENTICORP = ROOT.parent / "shared/data/chnsenticorp"
-TASK = {"type": "classification", "system": "", "prompt": "{text}", "labels": {"0": "负面", "1": "正面"}}  # fmt: skip
+TASK = {"type": "classification", "system": "", "prompt": "{text}", "labels": {"0": "负面", "1": "正面"}, "template_options": {}}  # fmt: skip
 ROWS = [("很好", 1), ("很差", 0), ("一般\n换行，“引号”", 1)]
 
 

@@ -91,6 +91,8 @@ def test_files_explain_themselves(f16: Path, q4_k_m: Path) -> None:
         assert metadata["general.languages"] == ["zh"]
         assert metadata["pockettune.task.prompt"] == "{text}"
         assert metadata["pockettune.task.labels"] == ["差", "好"]
+        assert metadata["pockettune.task.template_options"] == "{}"
+        assert metadata["pockettune.task.day"] == "26 Jul 2024"
 
 
 def test_what_fell_back_is_told(tiny_model: Path, q4_k_m: Path, tmp_path: Path) -> None:

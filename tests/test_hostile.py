@@ -129,7 +129,7 @@ def test_chat_template_cannot_leave_its_sandbox(
     result = tokenize(folder, tmp_path, "好")
     assert result.returncode == 2, result.stdout
     (line,) = [line for line in result.stdout.splitlines() if line.startswith("error: ")]
-    assert line.startswith("error: the model's chat template cannot render record test-1: ")
+    assert "chat template cannot " in line
     assert "Traceback" not in result.stdout
     assert not (tmp_path / "tokens").exists() and not list(tmp_path.rglob("pwned*"))
 

@@ -17,7 +17,13 @@ from pockettune.data.records import read_records
 
 NAME = "somebody/tiny"
 LABELS = {"0": "负面", "1": "正面"}
-TASK = {"type": "classification", "system": "", "prompt": "{text}", "labels": LABELS}
+TASK = {
+    "type": "classification",
+    "system": "",
+    "prompt": "{text}",
+    "labels": LABELS,
+    "template_options": {},
+}
 
 
 def model_settings(**changes: Any) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from generated import CHAT_TEMPLATE, SPECIAL
 from import_gguf import import_gguf
 from pockettune.common import program
 from pockettune.common.errors import UserError
-from pockettune.data.prompts import encode
+from pockettune.data.prompts import encode, encode_plain
 from pockettune.gguf import dequantize
 from pockettune.gguf.files import read_gguf
 from pockettune.gguf.tokenizer import (
@@ -33,6 +33,7 @@ from pockettune.gguf.tokenizer import (
 )
 from pockettune.models.folder import load_tokenizer
 from pockettune.parity.stored import HARD_TEXTS
+from pockettune.runtimes.llama import LlamaModel
 from pockettune.workflow.config import check_files
 from quantize_model import quantize_model
 
@@ -246,8 +247,22 @@ def test_ids_are_those_of_the_original_tokenizer(
     else:
         own = Tokenizer.from_file(str(made.model / "tokenizer.json"))
         expected = [own.encode(text, add_special_tokens=False).ids for text in texts]
-    assert [encode(tokenizer, text) for text in texts] == expected
+    assert [encode_plain(tokenizer, text) for text in texts] == expected
     assert [str(tokenizer.decode(ids)).strip() for ids in expected[1:4]] == texts[1:4]
+
+
+@pytest.mark.parametrize("kind", ["llama2", "gemma3"])
+def test_a_prompt_begins_with_one_bos_in_both_runtimes(
+    kind: str, make: Callable[[str], Made], tmp_path: Path
+) -> None:
+    take(make(kind).f16, tmp_path / "model")
+    tokenizer = load_tokenizer(tmp_path / "model")
+    with LlamaModel(make(kind).f16, threads=1) as llama:
+        assert llama.adds_bos()
+        for text in ("", "好", f"{tokenizer.bos_token}好"):
+            ids = llama.tokenize(text)
+            assert ids == encode(tokenizer, text)
+            assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
 
 
 def test_an_imported_model_is_converted_back_to_the_same_file(

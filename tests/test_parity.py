@@ -25,7 +25,7 @@ from pockettune.parity.stored import HARD_TEXTS
 from pockettune.tasks import load_task
 from test_merge import make_adapter
 
-TASK = {"type": "classification", "system": "助手", "prompt": "评论：{text}\n情感：", "labels": {"0": "负面", "1": "正面"}}  # fmt: skip
+TASK = {"type": "classification", "system": "助手", "prompt": "评论：{text}\n情感：", "labels": {"0": "负面", "1": "正面"}, "template_options": {}}  # fmt: skip
 COLUMNS = {"text_column": "text", "label_column": "label"}
 NAMES = ["token_ids", "vocabulary", "special_tokens", "chat_template", "tensors", "logits", "merge", "stops"]  # fmt: skip
 

@@ -9,7 +9,7 @@ from pockettune.data.prompts import Example, ExampleMaker, Examples, take_evenly
 from pockettune.models.folder import load_tokenizer
 from pockettune.tasks import load_task
 
-TASK = {"type": "classification", "system": "助手", "prompt": "评论：{text}\n情感：", "labels": {"0": "负面", "1": "正面"}}  # fmt: skip
+TASK = {"type": "classification", "system": "助手", "prompt": "评论：{text}\n情感：", "labels": {"0": "负面", "1": "正面"}, "template_options": {}}  # fmt: skip
 COLUMNS = {"text_column": "text", "label_column": "label"}
 
 

@@ -296,7 +296,7 @@ def test_dataset_comes_from_its_source_alone(
     settings = {
         "dataset": {"name": NAME, "revision": COMMIT, "files": None, "split": None, "subset": None,
                     "splits": None, "unlabelled": "refuse", "text_column": "text", "label_column": "label"},
-        "task": {"type": "classification", "system": "", "prompt": "{text}", "labels": {"0": "差", "1": "好"}},
+        "task": {"type": "classification", "system": "", "prompt": "{text}", "labels": {"0": "差", "1": "好"}, "template_options": {}},
     }  # fmt: skip
     with serve(repository, NAME) as hub:
         monkeypatch.setenv("POCKETTUNE_HUB_SOURCES", hub.entry(protocol))

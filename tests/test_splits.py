@@ -20,6 +20,7 @@ TASK = {
     "system": "",
     "prompt": "{text}",
     "labels": {"0": "差", "1": "好"},
+    "template_options": {},
 }
 DATASET = {"name": NAME, "revision": COMMIT, "files": None, "split": None, "subset": None,
            "splits": None, "unlabelled": "refuse", "text_column": "text", "label_column": "label"}  # fmt: skip

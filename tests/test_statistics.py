@@ -86,7 +86,7 @@ def test_scores_of_a_classification_are_scikit_learns(case: int) -> None:
     random = np.random.default_rng(case)
     labels = {str(i): name for i, name in enumerate(["甲", "乙", "丙"])}
     task = Classification(
-        {"system": "", "prompt": "{text}", "labels": labels},
+        {"system": "", "prompt": "{text}", "labels": labels, "template_options": {}},
         {"text_column": "text", "label_column": "label"},
     )
     references = random.choice(list(labels.values()), size=30).tolist()

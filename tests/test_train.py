@@ -37,7 +37,7 @@ TRAIN: dict[str, Any] = {
     "gradient_checkpointing": False, "class_weights": "none", "device": "auto", "precision": "fp32",
     "eval_every": 1, "eval_limit": None, "metric": "accuracy", "patience": None,
 }  # fmt: skip
-TASK = {"type": "classification", "system": "", "prompt": "{text}", "labels": {"0": "差", "1": "好"}}  # fmt: skip
+TASK = {"type": "classification", "system": "", "prompt": "{text}", "labels": {"0": "差", "1": "好"}, "template_options": {}}  # fmt: skip
 DATASET = {"text_column": "text", "label_column": "label"}
 WORDS = {"差": [7, 2], "好": [9, 2]}
 WEIGHTS = AnswerWeights(mean_tokens=2)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -100,21 +101,16 @@ def test_snakemakes_own_report(finished_run: Path, tmp_path: Path) -> None:
     assert "metrics.csv" in text and "One row a stage" in text, "captions are in it"
 
 
-def test_text_of_a_review_cannot_become_part_of_the_page(
-    finished_run: Path, tmp_path: Path
-) -> None:
-    from write_report import gather, render
+def report_content(finished_run: Path, flips: Path) -> dict[str, Any]:
+    """Return what the report and the card of the finished run are rendered from."""
+    from write_report import gather
 
     results = finished_run / "results/small"
-    evil = "<script>alert(1)</script>"
-    flip = {"id": "test-1", "text": evil, "reference": "好", "f16": "好", "now": "差"}
-    (tmp_path / "flips.json").write_text(json.dumps({"q8_0": [flip]}))
-    config = yaml.safe_load((finished_run / "config.yaml").read_text())
-    content = gather(
+    return gather(
         Namespace(
-            settings=config,
+            settings=yaml.safe_load((finished_run / "config.yaml").read_text()),
             metrics=results / "metrics.json",
-            flips=tmp_path / "flips.json",
+            flips=flips,
             parity=results / "parity.json",
             speed=sorted((results / "speed").glob("*.json")),
             audit=results / "dataset/audit.json",
@@ -124,6 +120,17 @@ def test_text_of_a_review_cannot_become_part_of_the_page(
             benchmarks=sorted((results / "benchmarks").glob("*.tsv")),
         )
     )
+
+
+def test_text_of_a_review_cannot_become_part_of_the_page(
+    finished_run: Path, tmp_path: Path
+) -> None:
+    from write_report import render
+
+    evil = "<script>alert(1)</script>"
+    flip = {"id": "test-1", "text": evil, "reference": "好", "f16": "好", "now": "差"}
+    (tmp_path / "flips.json").write_text(json.dumps({"q8_0": [flip]}))
+    content = report_content(finished_run, tmp_path / "flips.json")
     page = render(finished_run / "report/report.html.j2", content)
     assert evil not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
@@ -136,6 +143,22 @@ def test_model_card_names_licence_language_and_numbers(finished_run: Path) -> No
     stages = json.loads((finished_run / "results/small/metrics.json").read_text())["stages"]
     assert f"{100 * stages['q4_k_m']['accuracy']:.1f} %" in card
     assert "{text}" in card and "正面" in card
+    assert "{text}" in card and "<|im_start|>assistant\\n" in card, (
+        "the prompt as the model sees it"
+    )
+    assert "llama-server" not in card and "the day" not in card
+
+
+def test_model_card_says_how_a_runtime_asks_alike(finished_run: Path) -> None:
+    from write_report import render
+
+    content = report_content(finished_run, finished_run / "results/small/flips.json")
+    options = {"enable_thinking": False, "date_string": "it's 26 Jul 2024"}
+    content["chat"] |= {"options": options, "reads_clock": True}
+    card = render(finished_run / "report/card.md.j2", content)
+    command = next(line for line in card.splitlines() if line.startswith("llama-server"))
+    assert json.loads(shlex.split(command)[2]) == options
+    assert "which no option changes" in card and content["chat"]["day"] in card
 
 
 # --- the promise: a change reruns what depends on it and nothing else ---
@@ -210,6 +233,7 @@ REBUILDS: dict[str, tuple[Callable[[Path], object], dict[str, int]]] = {
     "two values of train swapped": (edit_config(swap_rank_and_alpha), FROM_TRAIN),
     "tokenize.max_length": (edit_run("tokenize", max_length=64), FROM_TOKENIZE),
     "task.prompt": (edit_run("task", prompt="{text}"), FROM_TOKENIZE),
+    "task.template_options": (edit_run("task", template_options={"a": True}), FROM_TOKENIZE),
     "dataset.label_column": (edit_run("dataset", label_column="x"), FROM_DATASET),
     "a row of the dataset": (append("data/test.csv", "很好,1\n"), FROM_DATASET),
     "a line of merge_adapter.py": (append("scripts/merge_adapter.py", "# x\n"), FROM_MERGE),

@@ -5,7 +5,8 @@ token ids: PyTorch is given the ids, llama.cpp the text, so that both are asked 
 and a difference between the two tokenizers shows.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,13 +16,26 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pockettune.common.errors import UserError
+from pockettune.common.errors import UserError, list_faults
+from pockettune.data.chat import (
+    added_bos,
+    check_options,
+    control_tokens,
+    end_of_answer,
+    refuses_system,
+    render_chat,
+)
 from pockettune.tasks import Record, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Item = TypeVar("Item")
+
+REMEDIES = {
+    "system": 'set task.system: "" and say in task.prompt what it said',
+    "user": "take another model, or mend chat_template in its folder",
+}
 
 ROWS_A_BATCH = 1000  # rendered, encoded and written together
 
@@ -44,24 +58,44 @@ def render_prompt(tokenizer: "PreTrainedTokenizerBase", task: Task, record: Reco
     """Return the prompt as the chat template renders it, up to where the answer begins.
 
     The template is a program of the model's maker; transformers runs it in Jinja's sandbox. Raises
-    UserError where it fails, refuses these messages or tries to leave the sandbox.
+    UserError where it fails, refuses these messages, leaves one out or tries to leave the sandbox.
     """
+    messages, options = task.prompt(record), task.template_options
     try:
-        rendered = tokenizer.apply_chat_template(
-            task.prompt(record), tokenize=False, add_generation_prompt=True
-        )
+        rendered = render_chat(tokenizer, messages, options)
     except Exception as error:
-        raise UserError(
-            f"the model's chat template cannot render record {record['id']}: {error}; "
-            "take another model, or mend chat_template in its folder"
-        ) from error
-    assert isinstance(rendered, str)
+        if refuses_system(tokenizer, messages, options):
+            told = f"refuses a system message: {error}; {REMEDIES['system']}"
+        else:
+            told = f"cannot render record {record['id']}: {error}; {REMEDIES['user']}"
+        raise UserError(f"the model's chat template {told}") from error
+    for message in messages:
+        # Templates strip what stands around a message, and some no more than that.
+        if message["content"].strip() not in rendered:
+            raise UserError(
+                f"the model's chat template does not write the {message['role']} message of record"
+                f" {record['id']} as it is; {REMEDIES[message['role']]}"
+            )
     return rendered
 
 
 def encode(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
-    """Return the ids of a text whose special tokens, if any, are already written in it."""
+    """Return the ids of a text whose special tokens are written in it, but for the first BOS.
+
+    Where the tokenizer adds a BOS and the text has none, it gets one: so do llama.cpp's chat programs,
+    whatever the template writes (add_bos in common/chat.cpp at 0c1e570).
+    """
+    return begin_with(added_bos(tokenizer), encode_plain(tokenizer, text))
+
+
+def encode_plain(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    """Return the ids of a text as it stands within a prompt or behind one."""
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def begin_with(start: list[int], ids: list[int]) -> list[int]:
+    """Return ids with `start` before them, unless they begin with it."""
+    return ids if ids[: len(start)] == start else [*start, *ids]
 
 
 def encode_answer(tokenizer: "PreTrainedTokenizerBase", answer: str) -> list[int]:
@@ -70,7 +104,19 @@ def encode_answer(tokenizer: "PreTrainedTokenizerBase", answer: str) -> list[int
     Encoded apart from the prompt, because that is how it is generated: token after token behind
     a prompt whose ids are fixed.
     """
-    return [*encode(tokenizer, answer), tokenizer.eos_token_id]
+    return [*encode_plain(tokenizer, answer), end_of_answer(tokenizer)]
+
+
+def refuse_equal_answers(answer_ids: Mapping[str, list[int]]) -> None:
+    """Raise UserError naming the words that the tokenizer writes with the same ids."""
+    words: dict[tuple[int, ...], list[str]] = {}
+    for word, ids in answer_ids.items():
+        words.setdefault(tuple(ids), []).append(word)
+    if equal := [" and ".join(map(repr, same)) for same in words.values() if len(same) > 1]:
+        raise UserError(
+            f"task.labels: {list_faults(equal)} are the same tokens to this model, which so cannot"
+            " tell them apart; choose other words"
+        )
 
 
 class ExampleMaker:
@@ -78,8 +124,13 @@ class ExampleMaker:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", task: Task, max_length: int) -> None:
         self.tokenizer, self.task, self.max_length = tokenizer, task, max_length
-        self.control_tokens = [str(token) for token in tokenizer.added_tokens_decoder.values()]
+        check_options(tokenizer, task.template_options)
         self.answer_ids = {word: encode_answer(tokenizer, word) for word in task.constrain()}
+        refuse_equal_answers(self.answer_ids)
+        # Where generation must stop: a base model may write either.
+        self.ends = sorted({end_of_answer(tokenizer), tokenizer.eos_token_id})
+        self.bos = added_bos(tokenizer)
+        self.control_pattern = starts_pattern(control_tokens(tokenizer))
 
     def make(self, records: Iterable[Record]) -> Iterator[Example]:
         """Yield an example for each record, a text that is too long cut at a character."""
@@ -92,8 +143,8 @@ class ExampleMaker:
             safe = [{**record, field: self.defuse(record[field])} for record in batch]
             prompts = [render_prompt(self.tokenizer, self.task, record) for record in safe]
             encoded = self.tokenizer(prompts, add_special_tokens=False)["input_ids"]
-            for record, shown, prompt, ids in zip(batch, safe, prompts, encoded, strict=True):
-                kept = shown[field]
+            for record, shown, prompt, plain in zip(batch, safe, prompts, encoded, strict=True):
+                kept, ids = shown[field], begin_with(self.bos, plain)
                 if len(ids) > room:
                     kept, prompt, ids = self._fit(shown, room)
                 answer = self.task.answer(record)
@@ -109,10 +160,8 @@ class ExampleMaker:
                 )
 
     def defuse(self, text: str) -> str:
-        """Break control tokens that stand in a text, so that it cannot end the turn it is in."""
-        for token in self.control_tokens:
-            text = text.replace(token, f"{token[0]} {token[1:]}")
-        return text
+        """Put a space into the control tokens in a text, so that it cannot end the turn it is in."""
+        return self.control_pattern.sub(r"\g<0> ", text)
 
     def _fit(self, record: Record, room: int) -> tuple[str, str, list[int]]:
         """Return text, prompt and prompt ids of at most `room` ids, the text cut from its end."""
@@ -139,6 +188,19 @@ class ExampleMaker:
         kept = max(len(offsets) - excess, 0)
         end = offsets[kept][0] if kept < len(offsets) else len(text) - 1
         return text[: min(end, len(text) - 1)]
+
+
+def starts_pattern(tokens: Sequence[str]) -> re.Pattern[str]:
+    """Return a pattern of the character with which one of the tokens begins; none matches nothing.
+
+    What follows is only looked at, so that a token which begins within another is found too. Grouped
+    by the character, because a model may have thousands of tokens and few ways to begin one.
+    """
+    rests: dict[str, list[str]] = {}
+    for token in tokens:
+        rests.setdefault(token[0], []).append(re.escape(token[1:]))
+    starts = [f"{re.escape(first)}(?={'|'.join(rest)})" for first, rest in sorted(rests.items())]
+    return re.compile("|".join(starts) or "(?!)")
 
 
 SCHEMA = pa.schema(

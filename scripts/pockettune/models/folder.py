@@ -139,6 +139,13 @@ def _tokenizer_faults(folder: Path) -> list[str]:
     return []
 
 
+def context_length(folder: Path) -> int | None:
+    """Return the most tokens that a model folder's config.json says the model can hold, if it does."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    text = config.get("text_config", config)  # apart where the model also sees, as Gemma 3 4B
+    return text.get("max_position_embeddings") or text.get("n_positions")  # GPT-2's name for it
+
+
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Copy the tokenizer's files byte for byte.
 
@@ -151,12 +158,17 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
-    """Load a model folder's tokenizer; UserError where it has no chat template or end of turn."""
+    """Load a model folder's tokenizer; UserError where it has no usable chat template or end of turn."""
     from transformers import AutoTokenizer
+    from transformers.utils.chat_template_utils import _compile_jinja_template
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if tokenizer.chat_template is None:
         raise UserError(f"model {folder}: no chat template; take the Instruct version of the model")
+    try:
+        _compile_jinja_template(tokenizer.get_chat_template())
+    except Exception as error:  # no Jinja, or several templates of which none is the default
+        raise UserError(f"model {folder}: its chat template cannot be used: {error}") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"model {folder}: the tokenizer names no eos_token, so answers never end")
     return tokenizer

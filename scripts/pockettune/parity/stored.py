@@ -14,6 +14,7 @@ from jinja2 import TemplateError
 from safetensors import safe_open
 
 from pockettune.common.errors import list_faults
+from pockettune.data.chat import render_chat
 from pockettune.data.prompts import Example, encode, take_evenly
 from pockettune.gguf.files import list_tensors, read_vectors
 from pockettune.models.folder import EMBEDDING, read_header, weight_files
@@ -232,13 +233,9 @@ def render(
 ) -> str:
     """Render in transformers' sandbox; what a template refuses is part of what it does."""
     try:
-        rendered = tokenizer.apply_chat_template(
-            talk, chat_template=template, tokenize=False, add_generation_prompt=True
-        )
+        return render_chat(tokenizer, talk, {}, template=template)
     except TemplateError as error:
         return f"refused: {error}"
-    assert isinstance(rendered, str)
-    return rendered
 
 
 def check_tensors(gguf: Path, model: Path) -> Result:

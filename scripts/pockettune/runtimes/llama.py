@@ -85,14 +85,19 @@ class LlamaModel:
         llama_cpp.llama_model_free(self.model)
 
     def tokenize(self, text: str) -> list[int]:
-        """Return the ids of a rendered prompt; special tokens written in it count as such."""
+        """Return the ids of a rendered prompt; special tokens written in it count as such.
+
+        Begins with a BOS where the file asks for one, as pockettune.data.prompts.encode does.
+        """
         data = text.encode()
         ids = (llama_cpp.llama_token * (len(data) + 8))()
         count = llama_cpp.llama_tokenize(
             self.vocabulary, data, len(data), ids, len(ids), False, True
         )
         assert count >= 0, "a token stands for at least one byte"
-        return list(ids[:count])
+        found = list(ids[:count])
+        bos = llama_cpp.llama_vocab_bos(self.vocabulary)
+        return [bos, *found] if self.adds_bos() and found[:1] != [bos] else found
 
     def special_token(self, name: str) -> int | None:
         """Return the id of bos, eos, eot (end of turn) or pad as llama.cpp will use it."""

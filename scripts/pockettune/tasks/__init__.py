@@ -21,6 +21,9 @@ class Task(Protocol):
     text_field: str
     """The record's field that is compared for duplicates and cut when a prompt is too long."""
 
+    template_options: Mapping[str, Any]
+    """Variables that the chat template is given, such as enable_thinking."""
+
     def read(self, row: Mapping[str, object]) -> Record:
         """Turn a row of the dataset into a record's fields; ValueError says what is wrong with it."""
 

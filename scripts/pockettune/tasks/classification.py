@@ -13,6 +13,7 @@ class Classification:
     def __init__(self, settings: Mapping[str, Any], columns: Mapping[str, str]) -> None:
         self.system = settings["system"]
         self.template = settings["prompt"]
+        self.template_options: Mapping[str, Any] = settings["template_options"]
         self.labels: dict[str, str] = dict(sorted(settings["labels"].items()))
         self.text_column = columns["text_column"]
         self.label_column = columns["label_column"]

@@ -175,6 +175,8 @@ def _contradictions(config: Config) -> Iterator[str]:
     words = list(config["task"]["labels"].values())
     if len(set(words)) < len(words):
         yield f"task.labels answers the same word for two values: {', '.join(words)}"
+    if spaced := [repr(word) for word in words if word != word.strip()]:
+        yield f"task.labels: {', '.join(spaced)} begins or ends with a space; take it away"
 
 
 def _unusable_paths(paths: Mapping[str, str | None]) -> Iterator[str]:
