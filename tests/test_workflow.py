@@ -69,6 +69,11 @@ def test_run_learns_and_keeps_what_it_learned(finished_run: Path) -> None:
     assert 0 < stages["q8_0"]["kl_vocabulary"]["mean"] < stages["q4_k_m"]["kl_vocabulary"]["mean"]
     checks = json.loads((results / "parity.json").read_text())["checks"]
     assert len(checks) == 8 and all(check["passed"] for check in checks)
+    assert all(s["off_labels"]["mass"] < 0.5 for n, s in stages.items() if n in ("f16", "q8_0"))
+    assert [name for name in stages if "greedy" in stages[name]] == ["f16", "q4_k_m", "q8_0"]
+    assert stages["f16"]["greedy"]["right"] == stages["f16"]["greedy"]["scored_right"]
+    assert {stages[name]["verdict"]["claim"] for name in ("base", "tfidf")} == {"worse"}
+    assert "q8_0 against f16: " in (results / "logs/compare.log").read_text()
     table = pd.read_csv(results / "metrics.csv").set_index("stage")
     assert table.loc["q4_k_m", "unseen_accuracy"] == stages["q4_k_m"]["unseen"]["accuracy"]
 
@@ -202,6 +207,10 @@ REBUILDS: dict[str, tuple[Callable[[Path], object], dict[str, int]]] = {
     "model.name, idle beside a path": (edit_run("model", name="a/b"), {}),
     "report.title": (edit_run("report", title="x"), {"report": 1, "all": 1}),
     "evaluate.limit": (edit_run("evaluate", limit=50), EVALUATION),
+    "evaluate.pytorch_limit": (edit_run("evaluate", pytorch_limit=50),
+                               {"evaluate_base": 1, "evaluate_adapter": 1, "evaluate_merged": 1, **AFTER_EVALUATION}),
+    "evaluate.greedy_rows": (edit_run("evaluate", greedy_rows=0), {**COMPARED_WITH_F16, **AFTER_EVALUATION}),
+    "evaluate.margin": (edit_run("evaluate", margin=0.01), AFTER_EVALUATION),
     "another variant": (edit_run("quantize", q4_0={"type": "Q4_0"}), ONE_VARIANT),
     "one variant's recipe": (edit_run("quantize", q8_0={"type": "Q6_K"}), ONE_VARIANT),
     "card.license": (edit_run("card", license="cc-by-4.0"), FROM_CONVERT),

@@ -46,7 +46,5 @@ def accuracy_by_coverage(
     for threshold in thresholds:
         kept = confidence >= threshold
         accuracy = float(right[kept].mean()) if kept.any() else None
-        table.append(
-            {"threshold": threshold, "coverage": float(kept.mean()), "accuracy": accuracy}
-        )
+        table.append({"threshold": threshold, "coverage": float(kept.mean()), "accuracy": accuracy})
     return table

@@ -27,14 +27,14 @@ def answer_greedily(model: LlamaModel, prompts: Sequence[Tokens], limit: int) ->
             context.decode([(0, 0, prefix)])
         for group in group_by_tokens(tails, capacity, len, PROMPTS_A_BATCH):
             context.share(len(group))
-            for answer in _continue(model, context, len(prefix), group, limit):
+            for answer in continue_greedily(model, context, len(prefix), group, limit):
                 ended = bool(answer) and model.stops_at(answer[-1])
-                answers.append(_as_text(model, answer[:-1]) if ended else None)
+                answers.append(as_text(model, answer[:-1]) if ended else None)
             context.drop(len(group))
     return answers
 
 
-def _continue(
+def continue_greedily(
     model: LlamaModel, context: Context, start: int, tails: Sequence[Tokens], limit: int
 ) -> list[list[int]]:
     """Return up to `limit` tokens behind each tail; sequences that have ended drop out."""
@@ -54,7 +54,7 @@ def _continue(
     return answers
 
 
-def _as_text(model: LlamaModel, tokens: Tokens) -> str:
+def as_text(model: LlamaModel, tokens: Tokens) -> str:
     """Return the text of tokens; special ones are left out, as a chat program does."""
     pieces = []
     for token in tokens:
