@@ -43,9 +43,9 @@ def test_reference_is_refused_where_there_is_no_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1))
-    with pytest.raises(DiskFullError, match=r"f16\.npy needs 0\.0 MB \(400 bytes\)"):
-        with record(tmp_path / "f16.npy", LOGITS.shape):
-            raise AssertionError("scored in vain")
+    told = pytest.raises(DiskFullError, match=r"f16\.npy needs 0\.0 MB \(400 bytes\)")
+    with told, record(tmp_path / "f16.npy", LOGITS.shape):
+        raise AssertionError("scored in vain")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -68,9 +68,9 @@ def test_reference_file_is_closed_before_it_is_moved(
 
 
 def test_full_disk_in_mid_work_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(DiskFullError, match="disk full while writing"):
-        with record(tmp_path / "f16.npy", LOGITS.shape):
-            raise OSError(errno.ENOSPC, "No space left on device")
+    told = pytest.raises(DiskFullError, match="disk full while writing")
+    with told, record(tmp_path / "f16.npy", LOGITS.shape):
+        raise OSError(errno.ENOSPC, "No space left on device")
     assert list(tmp_path.iterdir()) == []
 
 

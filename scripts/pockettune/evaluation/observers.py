@@ -111,7 +111,7 @@ def record(path: Path, shape: tuple[int, int]) -> Iterator[Recorder]:
     and the file is closed before it is moved, without which Windows does not move it.
     """
     header = {"descr": "<f2", "fortran_order": False, "shape": shape}
-    with program.staged(path, needed=2 * shape[0] * shape[1]) as partial:
-        with partial.open("wb") as stream:
-            np.lib.format.write_array_header_1_0(stream, header)
-            yield Recorder(stream)
+    needed = 2 * shape[0] * shape[1]
+    with program.staged(path, needed) as partial, partial.open("wb") as stream:
+        np.lib.format.write_array_header_1_0(stream, header)
+        yield Recorder(stream)

@@ -44,7 +44,7 @@ def continue_greedily(
         if not pending:
             break
         rows = context.decode([(n + 1, begin, tokens) for n, (begin, tokens) in pending.items()])
-        following = {}
+        following: dict[int, tuple[int, Tokens]] = {}
         for row, (number, (begin, tokens)) in zip(rows, pending.items(), strict=True):
             token = int(context.logits(row).argmax())
             answers[number].append(token)
