@@ -105,21 +105,16 @@ def test_snakemakes_own_report(finished_run: Path, tmp_path: Path) -> None:
     assert "metrics.csv" in text and "One row a stage" in text, "captions are in it"
 
 
-def test_text_of_a_review_cannot_become_part_of_the_page(
-    finished_run: Path, tmp_path: Path
-) -> None:
-    from write_report import gather, render
+def gather_report(finished_run: Path, flips: Path) -> dict[str, Any]:
+    """Return what the run's page and card are rendered from."""
+    from write_report import gather
 
     results = finished_run / "results/small"
-    evil = "<script>alert(1)</script>"
-    flip = {"id": "test-1", "text": evil, "reference": "好", "f16": "好", "now": "差"}
-    (tmp_path / "flips.json").write_text(json.dumps({"q8_0": [flip]}))
-    config = yaml.safe_load((finished_run / "config.yaml").read_text())
-    content = gather(
+    return gather(
         Namespace(
-            settings=config,
+            settings=yaml.safe_load((finished_run / "config.yaml").read_text()),
             metrics=results / "metrics.json",
-            flips=tmp_path / "flips.json",
+            flips=flips,
             parity=results / "parity.json",
             speed=sorted((results / "speed").glob("*.json")),
             audit=results / "dataset/audit.json",
@@ -129,9 +124,44 @@ def test_text_of_a_review_cannot_become_part_of_the_page(
             benchmarks=sorted((results / "benchmarks").glob("*.tsv")),
         )
     )
+
+
+def test_text_of_a_review_cannot_become_part_of_the_page(
+    finished_run: Path, tmp_path: Path
+) -> None:
+    from write_report import render
+
+    evil = "<script>alert(1)</script>"
+    flip = {"id": "test-1", "text": evil, "reference": "好", "f16": "好", "now": "差"}
+    (tmp_path / "flips.json").write_text(json.dumps({"q8_0": [flip]}))
+    content = gather_report(finished_run, tmp_path / "flips.json")
     page = render(finished_run / "report/report.html.j2", content)
     assert evil not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+
+
+def test_temperature_is_told_where_one_was_fitted(finished_run: Path) -> None:
+    from write_report import render
+
+    content = gather_report(finished_run, finished_run / "results/small/flips.json")
+    for stage in content["stages"].values():
+        stage.pop("at_temperature", None)
+    templates = [finished_run / "report" / name for name in ("report.html.j2", "card.md.j2")]
+    for template in templates:
+        assert "fitted on" not in render(template, content)
+    content["training"] |= {
+        "temperature": {"value": 1.5, "rows": 90, "loss_before": 0.4, "loss_after": 0.3,
+                        "calibration_error_before": 0.05, "calibration_error_after": 0.02},
+        "coverage": [{"threshold": 0.9, "coverage": 0.6, "accuracy": None}],
+    }  # fmt: skip
+    content["stages"]["f16"]["at_temperature"] = {
+        "temperature": 1.5, "calibration_error": 0.031,
+        "coverage": [{"threshold": 0.9, "coverage": 0.7, "accuracy": 0.987}],
+    }  # fmt: skip
+    page, card = (render(template, content) for template in templates)
+    assert "5.0 % to 2.0 %" in page and "<td>60.0 %, –</td>" in page
+    assert "<td>70.0 %, 98.7 %</td>" in page
+    assert "divided by 1.5, fitted on validation: f16 3.1 %" in card
 
 
 def test_model_card_names_licence_language_and_numbers(finished_run: Path) -> None:
