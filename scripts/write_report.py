@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from datetime import timedelta
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -75,8 +75,8 @@ def without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def last_part(path: str) -> str:
-    """Return the name of a file or folder, whichever system's path it is."""
-    return PureWindowsPath(path).name or path
+    """Return the name of a file or folder; of a path that has none, such as "/", the path."""
+    return Path(path).name or path
 
 
 def render(template: Path, content: Mapping[str, Any]) -> str:
