@@ -324,8 +324,8 @@ def test_folders_of_this_machine_stay_out_of_page_and_card(hostile_run: Path) ->
 
 @pytest.mark.parametrize(
     ("path", "name"),
-    [("/home/mei/models/base", "base"), ("../data/a.csv", "a.csv"),     ("~/x/", "x"), ("base", "base"), ("..", "..")],
-)  # fmt: skip
+    [("/home/mei/models/base", "base"), ("../a.csv", "a.csv"), ("~/x/", "x"), ("base", "base")],
+)
 def test_path_is_published_by_its_last_part(path: str, name: str) -> None:
     from write_report import last_part, without_folders
 
