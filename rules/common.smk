@@ -93,15 +93,12 @@ def dataset_settings(wildcards):
     return json.dumps(chosen, sort_keys=True, ensure_ascii=False)
 
 
-def evaluation_settings(wildcards):
-    """Return what decides the scores of a file, which is scored on all rows that are asked for."""
-    chosen = {section: config[section] for section in ("task", "dataset", "evaluate")}
-    rows = {
-        key: value
-        for key, value in config["evaluate"].items()
-        if key != "pytorch_limit"
-    }
-    return json.dumps({**chosen, "evaluate": rows}, sort_keys=True, ensure_ascii=False)
+def evaluation_settings(*keys):
+    """Return what decides a stage's scores: the task, the dataset, and these keys of `evaluate:`."""
+    chosen = {section: config[section] for section in ("task", "dataset")}
+    chosen["evaluate"] = {key: config["evaluate"][key] for key in keys}
+    text = json.dumps(chosen, sort_keys=True, ensure_ascii=False)
+    return lambda wildcards: text
 
 
 def report_settings(wildcards):

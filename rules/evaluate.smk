@@ -25,7 +25,7 @@ rule evaluate_tfidf:
         mem_mb=memory(4000),
         runtime="1h",
     params:
-        settings=evaluation_settings,
+        settings=evaluation_settings("split", "limit"),
     shell:
         command(
             "params.settings input.tokens input.train input.split"
@@ -54,7 +54,7 @@ rule evaluate_base:
         mem_mb=memory(8000),
         runtime="2h",
     params:
-        settings=settings("task", "dataset", "evaluate"),
+        settings=evaluation_settings("split", "limit", "pytorch_limit"),
     shell:
         command(
             "params.settings input.model input.adapter input.tokens input.reference threads"
@@ -116,7 +116,7 @@ rule evaluate_f16:
         mem_mb=memory(4000),
         runtime="2h",
     params:
-        settings=evaluation_settings,
+        settings=evaluation_settings("split", "limit", "greedy_rows"),
     shell:
         command(
             "params.settings input.model input.tokens input.reference threads"
@@ -171,6 +171,7 @@ rule compare:
         records=f"<results>/dataset/{SPLIT}.jsonl",
         metrics=expand("<results>/metrics/{stage}.json", stage=STAGES),
         predictions=expand("<results>/predictions/{stage}.parquet", stage=STAGES),
+        adapter="<results>/adapter",
     output:
         json="<results>/metrics.json",
         csv=report(
@@ -186,10 +187,10 @@ rule compare:
     conda:
         "../envs/report.yaml"
     params:
-        settings=settings("task", "dataset"),
+        settings=evaluation_settings("margin"),
     shell:
         command(
-            "params.settings input.records input.metrics input.predictions"
+            "params.settings input.records input.metrics input.predictions input.adapter"
             " output.json output.csv output.flips"
         )
 

@@ -1,10 +1,12 @@
 """Put the metrics of all stages side by side, and pair their answers row by row.
 
-Input   metrics JSON and predictions parquet of every stage, in the order of the DAG
+Input   metrics JSON and predictions parquet of every stage, in the order of the DAG; the adapter's
+        training.json, for the temperature that was fitted on validation
 Output  metrics.json: {"stages": {stage: {n, accuracy, macro_f1, unseen, size_bytes, …}}}, with
         interval: of the accuracy; calibration_error; against_before, against_f16, against_tfidf:
         rows lost and gained, McNemar's p, difference of accuracy and its interval, on the rows that
-        both were scored on, all and unseen; kl_labels: from F16, over the allowed answers
+        both were scored on, all and unseen; verdict: whether it is as good as F16; kl_labels: from
+        F16, over the allowed answers; at_temperature: of a file, calibration error and coverage
         flips.json: the rows whose answer a file changed against F16
         metrics.csv: a row a stage, the numbers that fit one
 """
@@ -20,14 +22,15 @@ import pandas as pd
 from pockettune.common import program
 from pockettune.common.errors import UserError
 from pockettune.data.records import read_records
-from pockettune.evaluation.stages import describe_divergence
+from pockettune.evaluation.intervals import compare_paired, wilson_interval
+from pockettune.evaluation.observers import describe_divergence
 from pockettune.evaluation.statistics import (
-    bootstrap_interval,
+    accuracy_by_coverage,
     calibration_error,
-    compare_paired,
     kl_divergence,
     normalise,
 )
+from pockettune.evaluation.verdict import judge, say
 from pockettune.tasks import load_task
 
 BASELINE, REFERENCE = "tfidf", "f16"
@@ -35,7 +38,10 @@ REMEDY = "remove predictions/ and run again, so that all are scored anew"
 
 
 def compare_stages(
-    metrics: dict[str, dict[str, Any]], predictions: dict[str, pd.DataFrame]
+    metrics: dict[str, dict[str, Any]],
+    predictions: dict[str, pd.DataFrame],
+    margin: float,
+    training: dict[str, Any],
 ) -> dict[str, Any]:
     """Return the stages' metrics under their names, each paired with the stages it stems from."""
     stages = {}
@@ -45,19 +51,40 @@ def compare_stages(
         after_reference = REFERENCE in names and place > names.index(REFERENCE)
         before = REFERENCE if after_reference else names[max(place - 1, 0)]
         table, entry = predictions[name], {**metrics[name]}
-        entry["interval"] = bootstrap_interval(is_right(table).astype(float))
+        entry["interval"] = wilson_interval(int(is_right(table).sum()), len(table))
         entry["calibration_error"] = calibration_error(confidence(table), is_right(table))
+        if greedy := entry.get("greedy"):
+            interval = wilson_interval(greedy["right"], greedy["rows"])
+            entry["greedy"] = {
+                **greedy, "accuracy": greedy["right"] / greedy["rows"], "interval": interval,
+            }  # fmt: skip
         if before not in (name, BASELINE):
             entry["against_before"] = {"stage": before, **pair(predictions[before], table)}
         for key, other in (("against_f16", REFERENCE), ("against_tfidf", BASELINE)):
             if other in predictions and other != name:
                 entry[key] = pair(predictions[other], table)
+        if paired := entry.get("against_f16"):
+            entry["verdict"] = judge(paired["lost"], paired["gained"], paired["n"], margin)
         if REFERENCE in predictions and name not in (REFERENCE, BASELINE):
             reference, scored = common_rows(predictions[REFERENCE], table)
             divergence = kl_divergence(label_probabilities(reference), label_probabilities(scored))
             entry["kl_labels"] = describe_divergence(divergence)
+        if training.get("temperature") and (name == REFERENCE or after_reference):
+            entry["at_temperature"] = calibrate(table, training)
         stages[name] = entry
     return {"stages": stages}
+
+
+def calibrate(table: pd.DataFrame, training: dict[str, Any]) -> dict[str, Any]:
+    """Return what the temperature fitted on validation, and its thresholds, make of the scored rows."""
+    temperature = training["temperature"]["value"]
+    sure = confidence(table, temperature)
+    thresholds = [entry["threshold"] for entry in training["coverage"]]
+    return {
+        "temperature": temperature,
+        "calibration_error": calibration_error(sure, is_right(table)),
+        "coverage": accuracy_by_coverage(sure, is_right(table), thresholds),
+    }
 
 
 def check_rows(predictions: dict[str, pd.DataFrame], answers: dict[str, str]) -> None:
@@ -103,15 +130,15 @@ def is_right(table: pd.DataFrame) -> np.ndarray:
     return (table["prediction"] == table["reference"]).to_numpy()
 
 
-def label_probabilities(table: pd.DataFrame) -> np.ndarray:
+def label_probabilities(table: pd.DataFrame, temperature: float = 1.0) -> np.ndarray:
     """Return log probabilities (rows, answers) among the allowed answers alone."""
     columns = [column for column in table if str(column).startswith("log_probability_")]
-    return normalise(table[columns].to_numpy())
+    return normalise(table[columns].to_numpy() / temperature)
 
 
-def confidence(table: pd.DataFrame) -> np.ndarray:
+def confidence(table: pd.DataFrame, temperature: float = 1.0) -> np.ndarray:
     """Return the probability of each row's answer among the allowed ones."""
-    return np.exp(label_probabilities(table).max(axis=1))
+    return np.exp(label_probabilities(table, temperature).max(axis=1))
 
 
 def list_flips(
@@ -156,7 +183,10 @@ def main() -> None:
     parser = program.argument_parser(__doc__)
     parser.add_argument("--metrics", type=Path, nargs="+", required=True)
     parser.add_argument("--predictions", type=Path, nargs="+", required=True)
-    parser.add_argument("--settings", type=json.loads, required=True, help="sections task, dataset")
+    parser.add_argument("--adapter", type=Path, required=True, help="folder of train_adapter.py")
+    parser.add_argument(
+        "--settings", type=json.loads, required=True, help="sections task, dataset, evaluate"
+    )
     parser.add_argument("--records", type=Path, required=True, help="records of the scored split")
     parser.add_argument("--json", type=Path, required=True, help="metrics.json to write")
     parser.add_argument("--csv", type=Path, required=True, help="metrics.csv to write")
@@ -170,12 +200,17 @@ def main() -> None:
         task = load_task(arguments.settings["task"], arguments.settings["dataset"])
         records = list(read_records(arguments.records))
         check_rows(predictions, {record["id"]: task.answer(record) for record in records})
-        compared = compare_stages(metrics, predictions)
+        training = program.read_json(arguments.adapter / "training.json")
+        margin = arguments.settings["evaluate"]["margin"]
+        compared = compare_stages(metrics, predictions, margin, training)
         with program.staged(arguments.csv) as partial:
             as_table(compared).to_csv(partial, index=False)
         texts = {record["id"]: record[task.text_field] for record in records}
         program.write_json(arguments.flips, list_flips(predictions, texts))
         program.write_json(arguments.json, compared)
+        for name, entry in compared["stages"].items():
+            if "verdict" in entry:
+                program.logger.info("%s against %s: %s", name, REFERENCE, say(entry["verdict"]))
         program.logger.info("metrics of %d stages in %s", len(compared["stages"]), arguments.json)
 
     program.run(parser, work)

@@ -7,11 +7,13 @@ Output  metrics JSON; predictions parquet; for F16 itself, its answers over the 
 import argparse
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 from pockettune.data.prompts import Example
 from pockettune.evaluation import stages
 from pockettune.evaluation.metrics import provenance
 from pockettune.gguf.files import describe_file
+from pockettune.runtimes.greedy import answer_greedily
 from pockettune.runtimes.llama import LlamaModel
 
 
@@ -29,7 +31,13 @@ def open_gguf(
             "prompts_tokenized_otherwise": differing,
             "provenance": provenance("llama-cpp-python"),
         }
-        yield stages.Runtime(model.next_token_logits, prompts, model.vocabulary_size, facts)
+        yield stages.Runtime(
+            model.next_token_logits,
+            prompts,
+            model.vocabulary_size,
+            facts,
+            partial(answer_greedily, model),
+        )
 
 
 if __name__ == "__main__":

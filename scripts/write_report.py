@@ -19,6 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 
 from pockettune.common import program
 from pockettune.evaluation import plots
+from pockettune.evaluation.verdict import not_decided, say
 
 FLIPS_SHOWN = 40  # of each file
 
@@ -29,6 +30,11 @@ def gather(arguments: argparse.Namespace) -> dict[str, Any]:
     settings = without_folders(arguments.settings)
     stages = program.read_json(arguments.metrics)["stages"]
     training = program.read_json(arguments.adapter / "training.json")
+    if "imported_from" in training:
+        training["imported_from"] = last_part(training["imported_from"])
+    source = program.read_json(arguments.base / "source.json")
+    if settings["model"]["path"]:  # else it is owner/name@revision
+        source["origin"] = last_part(source["origin"])
     audit = program.read_json(arguments.audit)
     return {
         "title": settings["report"]["title"],
@@ -49,18 +55,29 @@ def gather(arguments: argparse.Namespace) -> dict[str, Any]:
         "tokens": program.read_json(arguments.tokens / "statistics.json"),
         "chat": program.read_json(arguments.tokens / "chat.json"),
         "jobs": read_benchmarks(arguments.benchmarks),
-        "source": program.read_json(arguments.base / "source.json"),
+        "source": source,
         "config": settings,
         "settings": json.dumps(settings, ensure_ascii=False, indent=2),
     }
 
 
 def without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings as they may be published: a GGUF base by its name, not where it lies."""
-    model = dict(settings["model"])
-    if str(model["path"]).lower().endswith(".gguf"):
-        model |= {key: Path(model[key]).name for key in ("path", "chat_template") if model.get(key)}
-    return {**settings, "model": model}
+    """Return the settings as they may be published: local files by name, not where they lie.
+
+    A path tells the names of users, customers and machines.
+    """
+    model, dataset, train = (dict(settings[section]) for section in ("model", "dataset", "train"))
+    model |= {key: last_part(model[key]) for key in ("path", "chat_template") if model.get(key)}
+    if dataset["files"]:
+        dataset["files"] = {split: last_part(path) for split, path in dataset["files"].items()}
+    if train["adapter"]:
+        train["adapter"] = last_part(train["adapter"])
+    return {**settings, "model": model, "dataset": dataset, "train": train}
+
+
+def last_part(path: str) -> str:
+    """Return the name of a file or folder; of a path that has none, such as "/", the path."""
+    return Path(path).name or path
 
 
 def render(template: Path, content: Mapping[str, Any]) -> str:
@@ -74,7 +91,7 @@ def render(template: Path, content: Mapping[str, Any]) -> str:
     )
     environment.filters |= {
         "percent": percent, "megabytes": megabytes, "duration": duration, "points": points,
-        "scientific": scientific, "fenced": fenced, "quoted": quoted,
+        "scientific": scientific, "fenced": fenced, "quoted": quoted, "claim": say,
     }  # fmt: skip
     return environment.get_template(template.name).render(content)
 
@@ -90,12 +107,6 @@ def write_verdict(
     name = min(files, key=lambda n: files[n]["size_bytes"])
     small, full = stages[name], stages["f16"]
     paired = small["against_f16"]
-    change = (
-        "as accurate as the 16-bit file"
-        if paired["difference"] == 0
-        else f"{points(paired['difference'])} points from the 16-bit file"
-        f" (95 % interval {points(paired['interval'][0])} to {points(paired['interval'][1])})"
-    )
     unseen = small["unseen"]
     aside = (
         f" ({percent(unseen['accuracy'])} of the {unseen['n']:,} that do not stand in train)"
@@ -115,7 +126,8 @@ def write_verdict(
         f"{'' if base['n'] == small['n'] else ' of ' + format(base['n'], ',')}."
         f" {write_worth(small['against_tfidf'], stages['tfidf'], rows)}"
         f" That is the smallest file, {name}: {megabytes(small['size_bytes'])} instead of"
-        f" {megabytes(full['size_bytes'])}, {change}, {count(paired['flips'], 'answer')} changed."
+        f" {megabytes(full['size_bytes'])}, {count(paired['flips'], 'answer')} changed."
+        f" Against the 16-bit file: {say(small['verdict'])}."
     )
 
 
@@ -130,7 +142,7 @@ def write_worth(paired: Mapping[str, Any], baseline: Mapping[str, Any], rows: in
         return f"{told}: the model is better."
     if high < 0:
         return f"{told}: the model is worse and not worth a phone's battery on this task."
-    return f"{told}: on these rows the two cannot be told apart."
+    return f"{told}: which is better is {not_decided(paired['detectable'])}."
 
 
 def read_benchmarks(paths: list[Path]) -> list[dict[str, Any]]:

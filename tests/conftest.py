@@ -149,7 +149,7 @@ def hostile_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "train": {"learning_rate": 5e-3, "batch_size": 32, "epochs": 1, "eval_every": None},
         "quantize": {"q8_0": None},
         "evaluate": {"limit": 40},
-        "card": {"license": "mit\nx: $(touch pwned-8)"},
+        "card": {"license": "mit\nx: $(touch pwned-8)", "languages": ["no"]},  # YAML's false
         "report": {"title": "<script>t</script> $(touch pwned-9) {z} {{7*7}}"},
     }
     (folder / "runs/hostile.yaml").write_text(yaml.safe_dump(run, allow_unicode=True))

@@ -49,8 +49,17 @@ METRICS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+UNTRAINED: dict[str, Any] = {"imported_from": "x"}
+
+
+def compare(tables: dict[str, pd.DataFrame] = TABLES, **training: Any) -> dict[str, Any]:
+    compared = compare_stages(METRICS, tables, 0.005, training or UNTRAINED)
+    stages: dict[str, Any] = compared["stages"]
+    return stages
+
+
 def test_stages_are_paired_with_those_they_stem_from() -> None:
-    stages = compare_stages(METRICS, TABLES)["stages"]
+    stages = compare()
     assert {name: s["against_before"]["stage"] for name, s in stages.items() if "against_before" in s} == {
         "merged": "base", "f16": "merged", "q4": "f16", "q8": "f16",
     }  # fmt: skip
@@ -70,8 +79,34 @@ def test_stages_are_paired_with_those_they_stem_from() -> None:
 def test_rows_seen_in_train_are_told_apart() -> None:
     seen = (False, False, False, True)
     tables = {name: predictions("".join(t["prediction"]), seen) for name, t in TABLES.items()}
-    lost = compare_stages(METRICS, tables)["stages"]["q4"]["against_f16"]
+    lost = compare(tables)["q4"]["against_f16"]
     assert (lost["lost"], lost["unseen"]["lost"]) == (1, 0)
+
+
+def test_every_stage_is_judged_against_f16() -> None:
+    stages = compare()
+    assert [name for name in stages if "verdict" not in stages[name]] == ["f16"]
+    assert stages["q8"]["verdict"]["claim"] == "undecided", "four rows prove nothing"
+    many = {name: pd.concat([t.assign(id=t["id"] + f"-{n}") for n in range(400)])
+            for name, t in TABLES.items()}  # fmt: skip
+    stages = compare(many)
+    assert stages["q8"]["verdict"]["claim"] == "as good"
+    assert stages["q4"]["verdict"]["claim"] == "worse"
+    assert stages["q8"]["verdict"]["margin"] == 0.005
+    assert "verdict_bound" in as_table({"stages": stages})
+
+
+def test_files_are_calibrated_with_the_temperature_of_validation() -> None:
+    stages = compare(temperature={"value": 2.0}, coverage=[{"threshold": 0.5}, {"threshold": 0.95}])
+    assert [name for name in stages if "at_temperature" in stages[name]] == ["f16", "q4", "q8"]
+    told = stages["q4"]["at_temperature"]
+    sure = 1 / (1 + np.exp(-2.9 / 2))  # log probabilities -0.1 and -3
+    assert told["calibration_error"] == pytest.approx(abs(0.75 - sure))
+    assert told["coverage"] == [
+        {"threshold": 0.5, "coverage": 1.0, "accuracy": 0.75},
+        {"threshold": 0.95, "coverage": 0.0, "accuracy": None},
+    ]
+    assert "at_temperature" not in compare(temperature=None)["f16"]
 
 
 def test_other_rows_cannot_be_paired() -> None:
@@ -101,7 +136,7 @@ def test_flips_carry_their_text() -> None:
 
 
 def test_table_has_a_row_a_stage_and_only_numbers() -> None:
-    table = as_table(compare_stages(METRICS, TABLES)).set_index("stage")
+    table = as_table({"stages": compare()}).set_index("stage")
     assert table.loc["q4", "against_f16_lost"] == 1
     assert list(table.index) == list(TABLES)
 
@@ -141,6 +176,12 @@ def test_divergence_from_f16_is_over_the_whole_vocabulary(tmp_path: Path) -> Non
     # The reference is kept in 16 bits.
     assert same["kl_vocabulary"]["p999"] < 1e-5
     assert same["noise"] == {"rows": 6, "largest_difference": 0.0, "flips": 0}
+    first = np.exp(logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)))
+    assert same["off_labels"] == {
+        "rows": pytest.approx(np.mean(~np.isin(logits.argmax(axis=1), [7, 8]))),
+        "mass": pytest.approx(1 - first[:, [7, 8]].sum(axis=1).mean(), rel=1e-5),
+    }
+    assert "greedy" not in same, "this runtime cannot write"
     sharper = evaluate("sharper", 2.0, reference=reference)
     p, q = (x - np.log(np.exp(x).sum(axis=1, keepdims=True)) for x in (logits, logits * 2))
     expected = (np.exp(p) * (p - q)).sum(axis=1).mean()

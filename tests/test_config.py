@@ -59,6 +59,9 @@ def put(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (put("train.rank", True), "train.rank is True, not a whole number"),
         (put("quantize.q4", {"type": "Q4_KM"}), "did you mean Q4_K_M? (known: Q2_K, "),
         (put("quantize.f16", {"type": "Q8_0"}), "the name 'f16'"),
+        (put("quantize.tfidf", {"type": "Q8_0"}), "the name 'tfidf'"),
+        (put("evaluate.split", "validation"), "on whose rows train.eval_every chooses the adapter"),
+        (put("evaluate.margin", 0), "evaluate.margin is 0: 0 is less than or equal to the minimum of 0"),
         (put("task.prompt", "no place"), "task.prompt does not hold {text}"),
         (put("task.labels", {"0": "好", "1": "好"}), "the same word for two values"),
         (put("task.labels", {"0": "差", "1": "差 ", "2": "\u3000好"}), "'差 ', '\\u3000好' begins or ends with a space"),
@@ -89,6 +92,16 @@ def test_all_mistakes_are_told_at_once() -> None:
     put("report.titel", "x")(config)
     with pytest.raises(UserError, match=r"unknown key report\.titel.*train\.rank is -1"):
         check_config(config, SCHEMA)
+
+
+@pytest.mark.parametrize("idle", [put("train.eval_every", None), put("train.adapter", "mine")])
+def test_validation_may_be_scored_where_nothing_was_chosen_on_it(
+    idle: Callable[[dict[str, Any]], None],
+) -> None:
+    config = copy.deepcopy(CONFIG)
+    put("evaluate.split", "validation")(config)
+    idle(config)
+    check_config(config, SCHEMA)
 
 
 def test_null_leaves_a_variant_out_and_number_keys_become_text() -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +236,33 @@ def test_report(check: str, small: Path, tmp_path: Path) -> None:
     result = run_patched(content, "write_report.py", *options)
     assert result.returncode == 0, result.stdout
     assert html.read_text() == card.read_text() == "好" * 30_000
+
+
+@pytest.mark.parametrize("check", ["pass", "disk.require_space = lambda *_: None"],
+                         ids=["refused", "full in mid-work"])  # fmt: skip
+def test_answers_over_the_whole_vocabulary(
+    check: str, small: Path, sources: Path, tmp_path: Path
+) -> None:
+    """500 rows of 512 tokens, 16-bit: 512 kB. Mapped memory ended the process there in silence."""
+    reference, tokens = small / "f16.npy", write_tokens(tmp_path / "tokens")
+    write_examples(
+        tokens / "test.arrow", [replace(make_example(n), prompt="情感：") for n in range(500)]
+    )
+    scored = {**settings(), "evaluate": {"split": "test", "limit": None, "greedy_rows": 0}}
+    options = ("--settings", json.dumps(scored), "--tokens", tokens, "--threads", "1",
+               "--model", sources / "f16.gguf", "--write-reference", reference, "--reference",
+               "--metrics", tmp_path / "f16.json", "--predictions", tmp_path / "x.parquet")  # fmt: skip
+    patch = f"it.main = lambda: it.stages.run('', it.open_gguf); {check}"
+    result = run_patched(patch, "evaluate_gguf.py", *options)
+    assert result.returncode == 2, result.stdout
+    line = the_error(result.stdout)
+    assert f"{reference} needs " in line if check == "pass" else f"writing {reference}: " in line
+    assert numbers(line)[0] == 512_000
+    assert contents(small) == [] and not (tmp_path / "f16.json").exists()
+    resize(small, LARGE)
+    result = run_patched(patch, "evaluate_gguf.py", *options)
+    assert result.returncode == 0, result.stdout
+    assert np.load(reference).shape == (500, 512)
 
 
 # --- training ---

@@ -17,6 +17,7 @@ from pockettune.data.prompts import encode
 from pockettune.gguf.files import check_tensors, describe_file, read_gguf
 from pockettune.models.folder import load_model, load_tokenizer, read_header
 from pockettune.runtimes.batching import common_prefix, group_by_tokens
+from pockettune.runtimes.greedy import answer_greedily, as_text
 from pockettune.runtimes.llama import PROMPTS_A_BATCH, LlamaModel
 from pockettune.runtimes.packing import ATTENTION, next_token_logits
 
@@ -205,3 +206,25 @@ def test_truncated_gguf_is_refused(f16: Path, tmp_path: Path) -> None:
     assert result.returncode == 2
     assert f"error: {broken} is truncated" in result.stdout
     assert list(tmp_path.iterdir()) == [broken]
+
+
+def test_greedy_answers_of_many_prompts_are_those_of_each_alone(
+    f16: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More prompts than fit a batch, with a common start and of different lengths."""
+    random = np.random.default_rng(3)
+    prompts = [
+        [5, 6, *random.integers(10, 500, size=n % 7 + 1)] for n in range(PROMPTS_A_BATCH + 5)
+    ]
+    prompts = [list(map(int, prompt)) for prompt in prompts]
+    limit = 8
+    with LlamaModel(f16, threads=1) as model:
+        # A random model seldom ends: let every fifth token end an answer.
+        monkeypatch.setattr(model, "stops_at", lambda token: token % 5 == 0)
+        alone = [model.generate_greedy(prompt, limit) for prompt in prompts]
+        together = answer_greedily(model, prompts, limit)
+        text = "房间很干净"
+        assert as_text(model, model.tokenize(text)) == text
+        expected = [as_text(model, ids[:-1]) if ids[-1] % 5 == 0 else None for ids in alone]
+    assert together == expected
+    assert {None, ""} == set(together), "this model writes the prompt's last token for ever"

@@ -1,6 +1,7 @@
 """What comes from elsewhere runs nothing, and leads nowhere but to its own folder."""
 
 import copy
+import html
 import json
 import pickle
 import shutil
@@ -312,6 +313,37 @@ def test_hostile_names_run_through_and_run_nothing(hostile_run: Path) -> None:
     assert first == "<script>alert(1)</script> {{7*7}} $(touch pwned-4)"
 
 
+def test_folders_of_this_machine_stay_out_of_page_and_card(hostile_run: Path) -> None:
+    """The base model and the data lie in a folder of their own, which may be a customer's name."""
+    results = hostile_run / f"results/{HOSTILE}"
+    for name in ("report.html", "card.md"):
+        text = html.unescape((results / name).read_text())
+        assert "外部 data" not in text and str(hostile_run) not in text, name
+        assert f"模型 {HOSTILE}" in text, name
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [("/home/mei/models/base", "base"), ("../a.csv", "a.csv"), ("~/x/", "x"), ("base", "base")],
+)
+def test_path_is_published_by_its_last_part(path: str, name: str) -> None:
+    from write_report import last_part, without_folders
+
+    assert last_part(path) == name
+    settings = {
+        "model": {"path": path, "chat_template": None},
+        "dataset": {"files": {"train": path}},
+        "train": {"adapter": path},
+        "card": {},
+    }
+    assert without_folders(settings) == {
+        "model": {"path": name, "chat_template": None},
+        "dataset": {"files": {"train": name}},
+        "train": {"adapter": name},
+        "card": {},
+    }
+
+
 def test_hostile_text_is_text_in_page_and_card(hostile_run: Path) -> None:
     results = hostile_run / f"results/{HOSTILE}"
     page = (results / "report.html").read_text()
@@ -321,4 +353,5 @@ def test_hostile_text_is_text_in_page_and_card(hostile_run: Path) -> None:
     assert "&lt;script&gt;t&lt;/script&gt; $(touch pwned-9) {z} {{7*7}}" in card
     header = yaml.safe_load(card.split("\n---\n")[0])
     assert header["license"] == "mit\nx: $(touch pwned-8)" and "x" not in header
+    assert header["language"] == ["no"]
     assert "\n````\n{text}\n```\n" in card, "the prompt's own fence does not end the block"

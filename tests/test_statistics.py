@@ -8,54 +8,14 @@ from sklearn.metrics import accuracy_score, f1_score
 
 from pockettune.evaluation import statistics
 from pockettune.evaluation.statistics import (
-    bootstrap_interval,
+    accuracy_by_coverage,
     calibration_error,
-    compare_paired,
     kl_divergence,
-    mcnemar_exact,
     normalise,
 )
 from pockettune.tasks.classification import Classification
 
 RANDOM = np.random.default_rng(5)
-
-
-@pytest.mark.parametrize("case", range(50))
-def test_mcnemar_is_the_binomial_test(case: int) -> None:
-    lost, gained = np.random.default_rng(case).integers(0, 40, size=2).tolist()
-    if lost + gained:
-        assert mcnemar_exact(lost, gained) == pytest.approx(
-            stats.binomtest(lost, lost + gained).pvalue, rel=1e-9
-        )
-
-
-def test_mcnemar_without_flips_says_nothing() -> None:
-    assert mcnemar_exact(0, 0) == 1.0
-
-
-@pytest.mark.parametrize("case", range(5))
-def test_bootstrap_interval_is_scipys(case: int) -> None:
-    values = np.random.default_rng(case).choice([-1.0, 0.0, 1.0], p=[0.05, 0.9, 0.05], size=600)
-    low, high = bootstrap_interval(values)
-    theirs = stats.bootstrap(
-        (values,), np.mean, method="percentile", n_resamples=10_000, rng=case
-    ).confidence_interval
-    # Both are drawn at random: the quantiles of 10,000 means vary by about 2 % of the width.
-    tolerance = 0.05 * (theirs.high - theirs.low)
-    assert low == pytest.approx(theirs.low, abs=tolerance)
-    assert high == pytest.approx(theirs.high, abs=tolerance)
-    assert bootstrap_interval(values) == (low, high), "the same at every call"
-
-
-def test_paired_comparison_by_hand() -> None:
-    before = np.array([True, True, True, False, False, True, False, True])
-    after = np.array([True, False, True, True, True, True, False, True])
-    compared = compare_paired(before, after)
-    assert (compared["lost"], compared["gained"]) == (1, 2)
-    assert compared["mcnemar_p"] == 1.0
-    assert compared["difference"] == pytest.approx(1 / 8)
-    low, high = compared["interval"]
-    assert low <= 1 / 8 <= high
 
 
 def test_kl_divergence_is_scipys() -> None:
@@ -79,6 +39,15 @@ def test_calibration_error_by_another_way() -> None:
     gaps = np.nan_to_num(np.abs(means[0] - means[1]))
     assert calibration_error(confidence, right) == pytest.approx((gaps * counts).sum() / 2000)
     assert calibration_error(np.ones(10), np.ones(10, dtype=bool)) == 0
+
+
+def test_accuracy_by_coverage_by_hand() -> None:
+    confidence, right = np.array([0.5, 0.9, 0.9, 0.99]), np.array([False, True, False, True])
+    assert accuracy_by_coverage(confidence, right, [0.5, 0.9, 1.0]) == [
+        {"threshold": 0.5, "coverage": 1.0, "accuracy": 0.5},
+        {"threshold": 0.9, "coverage": 0.75, "accuracy": pytest.approx(2 / 3)},
+        {"threshold": 1.0, "coverage": 0.0, "accuracy": None},
+    ]
 
 
 @pytest.mark.parametrize("case", range(20))

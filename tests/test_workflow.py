@@ -70,6 +70,11 @@ def test_run_learns_and_keeps_what_it_learned(finished_run: Path) -> None:
     assert 0 < stages["q8_0"]["kl_vocabulary"]["mean"] < stages["q4_k_m"]["kl_vocabulary"]["mean"]
     checks = json.loads((results / "parity.json").read_text())["checks"]
     assert len(checks) == 8 and all(check["passed"] for check in checks)
+    assert all(s["off_labels"]["mass"] < 0.5 for n, s in stages.items() if n in ("f16", "q8_0"))
+    assert [name for name in stages if "greedy" in stages[name]] == ["f16", "q4_k_m", "q8_0"]
+    assert stages["f16"]["greedy"]["right"] == stages["f16"]["greedy"]["scored_right"]
+    assert {stages[name]["verdict"]["claim"] for name in ("base", "tfidf")} == {"worse"}
+    assert "q8_0 against f16: " in (results / "logs/compare.log").read_text()
     table = pd.read_csv(results / "metrics.csv").set_index("stage")
     assert table.loc["q4_k_m", "unseen_accuracy"] == stages["q4_k_m"]["unseen"]["accuracy"]
 
@@ -101,8 +106,8 @@ def test_snakemakes_own_report(finished_run: Path, tmp_path: Path) -> None:
     assert "metrics.csv" in text and "One row a stage" in text, "captions are in it"
 
 
-def report_content(finished_run: Path, flips: Path) -> dict[str, Any]:
-    """Return what the report and the card of the finished run are rendered from."""
+def gather_report(finished_run: Path, flips: Path) -> dict[str, Any]:
+    """Return what the run's page and card are rendered from."""
     from write_report import gather
 
     results = finished_run / "results/small"
@@ -130,10 +135,34 @@ def test_text_of_a_review_cannot_become_part_of_the_page(
     evil = "<script>alert(1)</script>"
     flip = {"id": "test-1", "text": evil, "reference": "好", "f16": "好", "now": "差"}
     (tmp_path / "flips.json").write_text(json.dumps({"q8_0": [flip]}))
-    content = report_content(finished_run, tmp_path / "flips.json")
+    content = gather_report(finished_run, tmp_path / "flips.json")
     page = render(finished_run / "report/report.html.j2", content)
     assert evil not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+
+
+def test_temperature_is_told_where_one_was_fitted(finished_run: Path) -> None:
+    from write_report import render
+
+    content = gather_report(finished_run, finished_run / "results/small/flips.json")
+    for stage in content["stages"].values():
+        stage.pop("at_temperature", None)
+    templates = [finished_run / "report" / name for name in ("report.html.j2", "card.md.j2")]
+    for template in templates:
+        assert "fitted on" not in render(template, content)
+    content["training"] |= {
+        "temperature": {"value": 1.5, "rows": 90, "loss_before": 0.4, "loss_after": 0.3,
+                        "calibration_error_before": 0.05, "calibration_error_after": 0.02},
+        "coverage": [{"threshold": 0.9, "coverage": 0.6, "accuracy": None}],
+    }  # fmt: skip
+    content["stages"]["f16"]["at_temperature"] = {
+        "temperature": 1.5, "calibration_error": 0.031,
+        "coverage": [{"threshold": 0.9, "coverage": 0.7, "accuracy": 0.987}],
+    }  # fmt: skip
+    page, card = (render(template, content) for template in templates)
+    assert "5.0 % to 2.0 %" in page and "<td>60.0 %, –</td>" in page
+    assert "<td>70.0 %, 98.7 %</td>" in page
+    assert "divided by 1.5, fitted on validation: f16 3.1 %" in card
 
 
 def test_model_card_names_licence_language_and_numbers(finished_run: Path) -> None:
@@ -152,7 +181,7 @@ def test_model_card_names_licence_language_and_numbers(finished_run: Path) -> No
 def test_model_card_says_how_a_runtime_asks_alike(finished_run: Path) -> None:
     from write_report import render
 
-    content = report_content(finished_run, finished_run / "results/small/flips.json")
+    content = gather_report(finished_run, finished_run / "results/small/flips.json")
     options = {"enable_thinking": False, "date_string": "it's 26 Jul 2024"}
     content["chat"] |= {"options": options, "reads_clock": True}
     card = render(finished_run / "report/card.md.j2", content)
@@ -225,6 +254,10 @@ REBUILDS: dict[str, tuple[Callable[[Path], object], dict[str, int]]] = {
     "model.name, idle beside a path": (edit_run("model", name="a/b"), {}),
     "report.title": (edit_run("report", title="x"), {"report": 1, "all": 1}),
     "evaluate.limit": (edit_run("evaluate", limit=50), EVALUATION),
+    "evaluate.pytorch_limit": (edit_run("evaluate", pytorch_limit=50),
+                               {"evaluate_base": 1, "evaluate_adapter": 1, "evaluate_merged": 1, **AFTER_EVALUATION}),
+    "evaluate.greedy_rows": (edit_run("evaluate", greedy_rows=0), {**COMPARED_WITH_F16, **AFTER_EVALUATION}),
+    "evaluate.margin": (edit_run("evaluate", margin=0.01), AFTER_EVALUATION),
     "another variant": (edit_run("quantize", q4_0={"type": "Q4_0"}), ONE_VARIANT),
     "one variant's recipe": (edit_run("quantize", q8_0={"type": "Q6_K"}), ONE_VARIANT),
     "card.license": (edit_run("card", license="cc-by-4.0"), FROM_CONVERT),

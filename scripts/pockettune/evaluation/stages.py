@@ -3,8 +3,8 @@
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ import numpy as np
 from pockettune.common import program
 from pockettune.data.prompts import Example, Examples, take_evenly
 from pockettune.evaluation import metrics
+from pockettune.evaluation.observers import OffLabels, observe_vocabulary
 from pockettune.evaluation.scoring import NextTokenLogits, Tokens, score_answers
-from pockettune.evaluation.statistics import kl_divergence, normalise
 from pockettune.tasks import load_task
 
 NOISE_ROWS = 16
@@ -29,6 +29,8 @@ class Runtime:
     prompts: Sequence[Tokens]  # the examples' prompts, in this runtime's own token ids
     vocabulary_size: int
     facts: dict[str, Any] = field(default_factory=dict)  # worth telling beside the metrics
+    # Takes prompts and a limit of tokens, returns what is answered; None where it did not end.
+    answer_greedily: Callable[[Sequence[Tokens], int], list[str | None]] | None = None
 
 
 # Takes the arguments and the examples.
@@ -68,20 +70,25 @@ def evaluate(arguments: argparse.Namespace, open_runtime: OpenRuntime) -> None:
     rows = read_rows(arguments)
     places = take_evenly(range(len(rows)), arguments.settings["evaluate"].get("pytorch_limit"))
     examples = [rows[place] for place in places]
+    off_labels = OffLabels(answers["ids"])
+    vocabulary = (arguments.reference, arguments.write_reference)
     started = time.perf_counter()
     with open_runtime(arguments, examples) as runtime:
-        with open_observer(arguments, places, runtime.vocabulary_size) as observer:
+        with observe_vocabulary(*vocabulary, places, runtime.vocabulary_size) as observer:
             scores = score_answers(
-                observer.watch(runtime.next_token_logits),
+                observer.watch(off_labels.watch(runtime.next_token_logits)),
                 runtime.prompts,
                 answers["ids"],
                 arguments.metrics.stem,
             )
         seconds = time.perf_counter() - started
         noise = measure_noise(runtime, answers["ids"], scores)
+        greedy = answer_greedily(arguments.settings, runtime, examples, answers, scores)
     facts = {
         "seconds": round(seconds, 2),
         **observer.describe(),
+        **off_labels.describe(),
+        **greedy,
         "noise": noise,
         **runtime.facts,
     }
@@ -92,6 +99,43 @@ def read_rows(arguments: argparse.Namespace) -> list[Example]:
     """Return the rows that `evaluate:` names."""
     settings = arguments.settings["evaluate"]
     return take_evenly(Examples(arguments.tokens / f"{settings['split']}.arrow"), settings["limit"])
+
+
+def answer_greedily(
+    settings: dict[str, Any],
+    runtime: Runtime,
+    examples: Sequence[Example],
+    answers: dict[str, Any],
+    scores: np.ndarray,
+) -> dict[str, Any]:
+    """Return {"greedy"}: how often the likeliest text, token by token, is the right answer.
+
+    On `evaluate.greedy_rows` rows, evenly spread; nothing where the runtime or the settings have none.
+    What stands for no answer is a wrong one; "scored_right": how many the scores have right of them.
+    """
+    wanted = settings["evaluate"].get("greedy_rows")
+    if not wanted or runtime.answer_greedily is None:
+        return {}
+    rows = take_evenly(range(len(examples)), wanted)
+    # Room for an answer in other tokens than it is trained in.
+    limit = max(map(len, answers["ids"])) + 4
+    texts = runtime.answer_greedily([runtime.prompts[row] for row in rows], limit)
+    task = load_task(settings["task"], settings["dataset"])
+    said = [None if text is None else task.parse(text) for text in texts]
+    right = [examples[row].reference for row in rows]
+    scored = [answers["words"][best] for best in scores[rows].argmax(axis=1)]
+    return {
+        "greedy": {
+            "rows": len(rows),
+            "right": count_equal(right, said),
+            "no_answer": said.count(None),
+            "scored_right": count_equal(right, scored),
+        }
+    }
+
+
+def count_equal(first: Sequence[str], second: Sequence[str | None]) -> int:
+    return sum(a == b for a, b in zip(first, second, strict=True))
 
 
 def write_stage(
@@ -120,85 +164,6 @@ def write_stage(
         100 * result["accuracy"],
         result["n"],
     )
-
-
-class Observer:
-    """Sees the logits at the answer position pass, and does nothing with them."""
-
-    def watch(self, next_token_logits: NextTokenLogits) -> NextTokenLogits:
-        """Return `next_token_logits`, its first pass over all prompts observed."""
-        passes = 0
-
-        def watched(prompts: Sequence[Tokens]) -> Iterator[np.ndarray]:
-            nonlocal passes
-            passes += 1
-            first = passes == 1
-            for row, logits in enumerate(next_token_logits(prompts)):
-                if first:
-                    self.see(row, logits)
-                yield logits
-
-        return watched
-
-    def see(self, row: int, logits: np.ndarray) -> None:
-        pass
-
-    def describe(self) -> dict[str, Any]:
-        return {}
-
-
-class Recorder(Observer):
-    """Writes log probabilities over the whole vocabulary, 16-bit: (rows, vocabulary)."""
-
-    def __init__(self, target: np.ndarray) -> None:
-        self.target = target
-
-    def see(self, row: int, logits: np.ndarray) -> None:
-        self.target[row] = normalise(logits)
-
-
-class Divergence(Observer):
-    """Compares with what F16 answered: KL(F16 || this stage) over the whole vocabulary, in nats.
-
-    `places` are those of the scored rows among F16's.
-    """
-
-    def __init__(self, reference: np.ndarray, places: Sequence[int]) -> None:
-        self.reference, self.places = reference, places
-        self.values = np.zeros(len(places))
-
-    def see(self, row: int, logits: np.ndarray) -> None:
-        # Renormalised: the reference was rounded to 16 bits when it was kept.
-        expected = normalise(self.reference[self.places[row]])
-        self.values[row] = kl_divergence(expected, normalise(logits))
-
-    def describe(self) -> dict[str, Any]:
-        return {"kl_vocabulary": describe_divergence(self.values)}
-
-
-def describe_divergence(values: np.ndarray) -> dict[str, float]:
-    """Return the mean and the 99.9th percentile of (rows,)."""
-    return {"mean": float(values.mean()), "p999": float(np.quantile(values, 0.999))}
-
-
-def open_observer(
-    arguments: argparse.Namespace, places: Sequence[int], vocabulary: int
-) -> AbstractContextManager[Observer]:
-    """Return what the arguments ask to be done with the logits at the answer position."""
-    if arguments.write_reference:
-        return record(arguments.write_reference, (len(places), vocabulary))
-    if arguments.reference:
-        return nullcontext(Divergence(np.load(arguments.reference, mmap_mode="r"), places))
-    return nullcontext(Observer())
-
-
-@contextmanager
-def record(path: Path, shape: tuple[int, int]) -> Iterator[Recorder]:
-    """Write a reference file while the block runs, complete or not at all."""
-    with program.staged(path) as partial:
-        target = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
-        yield Recorder(target)
-        target.flush()
 
 
 def measure_noise(

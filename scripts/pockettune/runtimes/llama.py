@@ -164,9 +164,11 @@ class Context:
 
     def __init__(self, model: LlamaModel, tokens: int, batch: int) -> None:
         parameters = llama_cpp.llama_context_default_params()
-        parameters.n_ctx = tokens
-        parameters.n_batch = batch
         parameters.n_seq_max = PROMPTS_A_BATCH + 1
+        parameters.n_ctx = max(tokens, parameters.n_seq_max)
+        # llama.cpp makes room for the logits of every sequence, and ends the process where the batch is
+        # smaller than that.
+        parameters.n_batch = max(batch, parameters.n_seq_max)
         parameters.kv_unified = True  # sequences that share a start need it (llama.h at 0c1e570)
         parameters.n_threads = parameters.n_threads_batch = model.threads
         self.vocabulary_size = model.vocabulary_size

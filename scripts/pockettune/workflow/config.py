@@ -172,6 +172,12 @@ def _contradictions(config: Config) -> Iterator[str]:
             "model.chat_template is for a .gguf file of model.path alone; a model's folder holds"
             " its own, chat_template.jinja"
         )
+    train = config["train"]
+    if config["evaluate"]["split"] == "validation" and train["eval_every"] and not train["adapter"]:
+        yield (
+            "evaluate.split is validation, on whose rows train.eval_every chooses the adapter: a score"
+            " on them is too high; set evaluate.split to test, or train.eval_every to null"
+        )
     words = list(config["task"]["labels"].values())
     if len(set(words)) < len(words):
         yield f"task.labels answers the same word for two values: {', '.join(words)}"

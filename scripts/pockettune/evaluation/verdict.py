@@ -1,0 +1,46 @@
+"""Equality as a claim: is a stage as good as F16, worse, or have too few rows been asked?
+
+A paired test of non-inferiority at one-sided 95 %, by the intervals of intervals.py.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pockettune.evaluation.intervals import ONE_SIDED, detectable_difference, paired_interval
+
+
+def judge(lost: int, gained: int, n: int, margin: float) -> dict[str, Any]:
+    """Return {"claim", "margin", "bound", "detectable"}, shares of the rows.
+
+    "as good": the accuracy is lower by less than `margin`. "worse": that is not proved, and it is
+    lower. "undecided": neither is proved. `bound` is what the claim rests on: the lowest that the
+    difference may be, and for "worse" the highest. `detectable`: the loss that these rows show as
+    "worse" in four of five samples.
+    """
+    low, high = paired_interval(lost, gained, n, ONE_SIDED)
+    claim = "as good" if low > -margin else "worse" if high < 0 else "undecided"
+    return {
+        "claim": claim,
+        "margin": margin,
+        "bound": high if claim == "worse" else low,
+        "detectable": detectable_difference((lost + gained) / n, n),
+    }
+
+
+def say(verdict: Mapping[str, Any]) -> str:
+    """Return the claim in the words of report, card and log."""
+    bound = f"{100 * verdict['bound']:+.2f}"
+    margin = f"{100 * verdict['margin']:.4g}"
+    return {
+        "as good": f"proved as good (difference at least {bound} points, margin {margin})",
+        "worse": f"proved worse (difference at most {bound} points)",
+        "undecided": not_decided(verdict["detectable"]),
+    }[verdict["claim"]]
+
+
+def not_decided(detectable: float) -> str:
+    """Return what is said where the rows prove neither."""
+    return (
+        "not decided by these rows, which could have shown a difference of"
+        f" {100 * detectable:.2f} points"
+    )
