@@ -15,7 +15,7 @@ import torch
 
 from pockettune.common import program
 from pockettune.common.errors import UserError
-from pockettune.models.folder import EMBEDDING, copy_tokenizer, load_model, tensor_shapes
+from pockettune.models.folder import copy_tokenizer, embedding_shape, load_model, tensor_shapes
 
 FP16_MAX = torch.finfo(torch.float16).max
 
@@ -57,12 +57,15 @@ def check_shape(base: Path, merged: Path) -> None:
     of Qwen2.5-0.5B.
     """
     before, after = tensor_shapes(base), tensor_shapes(merged)
-    if before.get(EMBEDDING) != after.get(EMBEDDING):
+    old, new = embedding_shape(before), embedding_shape(after)
+    if old != new:
         raise UserError(
-            f"merging changed the embedding from {before.get(EMBEDDING)} to {after.get(EMBEDDING)}:"
+            f"merging changed the embedding from {old} to {new}:"
             " the adapter resized the vocabulary; train it without new tokens"
         )
-    if added := sorted(after.keys() - before.keys()):
+    # Some bases leave out the name of the block around all layers (GPT-2: wte, not transformer.wte).
+    known = tuple(f".{name}" for name in before)
+    if added := sorted(n for n in after.keys() - before.keys() if not n.endswith(known)):
         raise UserError(f"merging added {', '.join(added)}: the adapter untied the embedding")
 
 

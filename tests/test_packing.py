@@ -255,7 +255,7 @@ def test_other_models_are_refused_by_name(
 def test_windows_and_soft_caps_of_the_flash_call_go_one_sequence_at_a_time() -> None:
     torch.manual_seed(0)
     query, key, value = torch.randn(1, 4, 12, 8), torch.randn(1, 2, 12, 8), torch.randn(1, 2, 12, 8)
-    options = {"scaling": 0.3, "sliding_window": 3, "softcap": 2.0}
+    options: dict[str, Any] = {"scaling": 0.3, "sliding_window": 3, "softcap": 2.0}
     results = [
         packing.attend(
             torch.nn.Module(), query, key, value, None,

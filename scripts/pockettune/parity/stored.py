@@ -16,7 +16,7 @@ from safetensors import safe_open
 from pockettune.common.errors import list_faults
 from pockettune.data.prompts import Example, encode, take_evenly
 from pockettune.gguf.files import list_tensors, read_vectors
-from pockettune.models.folder import EMBEDDING, read_header, weight_files
+from pockettune.models.folder import embedding_shape, read_header, weight_files
 from pockettune.runtimes.llama import LlamaModel
 
 if TYPE_CHECKING:
@@ -159,7 +159,9 @@ def tensor_shapes(folder: Path) -> dict[str, list[int]]:
 
 
 def embedding_rows(folder: Path) -> int:
-    return tensor_shapes(folder)[EMBEDDING][0]
+    shape = embedding_shape(tensor_shapes(folder))
+    assert shape is not None  # check_model_folder refused a base without one
+    return shape[0]
 
 
 def check_special_tokens(

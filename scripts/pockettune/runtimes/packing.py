@@ -273,7 +273,7 @@ def check_packing(folder: Path, prompts: Sequence[Tokens]) -> dict[str, float]:
     alone in transformers' plain attention of this model; every logit behind the start is compared.
     Returns the largest difference and the standard deviation of the logits.
     """
-    model = load_model(folder, attention=ATTENTION, dtype=torch.float32).eval()
+    model: Any = load_model(folder, attention=ATTENTION, dtype=torch.float32).eval()
     sequences = _sequences_to_check(model.config.get_text_config(), prompts)
     shared = len(common_prefix(sequences))
     places = [range(shared, len(sequence)) for sequence in sequences]
