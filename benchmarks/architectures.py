@@ -29,6 +29,7 @@ class Architecture(NamedTuple):
     kind: str  # transformers' model_type
     changes: dict[str, Any] = {}
     sentencepiece: bool = False  # where the converter takes no other tokenizer
+    published: dict[str, Any] = {}  # what config.json has on the hub and transformers does not save
 
 
 ARCHITECTURES = (
@@ -38,14 +39,14 @@ ARCHITECTURES = (
     Architecture("Llama 3.1, 3.2", "llama", {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True}),
     Architecture("Llama 2, TinyLlama", "llama", sentencepiece=True),
     Architecture("SmolLM, SmolLM2", "llama", {"tie_word_embeddings": True}),
-    Architecture("SmolLM3", "smollm3", {"no_rope_layers": [1, 0]}),
+    Architecture("SmolLM3", "smollm3", {"num_hidden_layers": 4}),
     Architecture("Gemma", "gemma", sentencepiece=True),
     Architecture("Gemma 2", "gemma2", {"sliding_window": 32, "query_pre_attn_scalar": 64}, sentencepiece=True),
     Architecture("Gemma 3", "gemma3_text", {"sliding_window": 32, "query_pre_attn_scalar": 64}, sentencepiece=True),
     Architecture("Phi-3", "phi3", {"sliding_window": None}, sentencepiece=True),
     Architecture("Phi-3, Phi-4-mini (longrope)", "phi3", {"rope_parameters": LONG_ROPE, "sliding_window": None,
                  "max_position_embeddings": 16384, "original_max_position_embeddings": 4096}, sentencepiece=True),
-    Architecture("Mistral", "mistral", {"sliding_window": 32}),
+    Architecture("Mistral", "mistral"),
     Architecture("Ministral", "ministral", {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"]}),
     Architecture("Ministral 3", "ministral3"),
     Architecture("OLMo 2", "olmo2"),
@@ -55,7 +56,7 @@ ARCHITECTURES = (
     Architecture("Granite 4 hybrid", "granitemoehybrid", {"layer_types": ["mamba", "attention"], "mamba_n_heads": 8,
                  "mamba_d_head": 64, "mamba_expand": 2, "num_local_experts": 0}),
     Architecture("ERNIE 4.5", "ernie4_5", sentencepiece=True),
-    Architecture("Hunyuan (dense)", "hunyuan_v1_dense"),
+    Architecture("Hunyuan (dense)", "hunyuan_v1_dense", {"eod_token_id": 2}),
     Architecture("InternLM3", "internlm3", sentencepiece=True),
     Architecture("Helium", "helium"),
     Architecture("MiniCPM3", "minicpm3", {"q_lora_rank": 128, "kv_lora_rank": 64, "qk_nope_head_dim": 32,
@@ -63,12 +64,11 @@ ARCHITECTURES = (
     Architecture("Arcee", "arcee"),
     Architecture("Apertus", "apertus"),
     Architecture("Seed-OSS", "seed_oss"),
-    Architecture("EXAONE 4", "exaone4", {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"]}),
-    Architecture("Cohere 2", "cohere2", {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"]}),
-    Architecture("GLM-4", "glm4"),
+    Architecture("EXAONE 4", "exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 2}),
+    Architecture("Cohere 2", "cohere2", {"sliding_window": 32, "num_hidden_layers": 4}, published={"rotary_pct": 1.0}),
     Architecture("StarCoder 2", "starcoder2", {"sliding_window": None}),
-    Architecture("GPT-2", "gpt2", GPT2),
-    Architecture("GPT-NeoX, Pythia", "gpt_neox"),
+    Architecture("GPT-2", "gpt2", GPT2, published={"n_ctx": 2048}),
+    Architecture("GPT-NeoX, Pythia", "gpt_neox", published={"rotary_pct": 0.25}),
     Architecture("StableLM", "stablelm"),
     Architecture("Nemotron", "nemotron", sentencepiece=True),
     Architecture("Nemotron-H", "nemotron_h"),
@@ -106,6 +106,8 @@ def make_tiny(architecture: Architecture, texts: list[str], folder: Path) -> Non
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.02)
     model.half().save_pretrained(folder)
+    config = program.read_json(folder / "config.json")
+    program.write_json(folder / "config.json", config | architecture.published)
     (folder / "generation_config.json").unlink(missing_ok=True)
 
 
@@ -123,7 +125,7 @@ def write_sentencepiece(texts: Iterable[str], folder: Path) -> tuple[int, int, i
         sentence_iterator=iter(texts), model_prefix=str(folder / "tokenizer"), model_type="bpe",
         vocab_size=VOCABULARY, byte_fallback=True, control_symbols=control, unk_id=0, bos_id=1, eos_id=2,
         pad_id=-1, normalization_rule_name="identity", add_dummy_prefix=False,
-        remove_extra_whitespaces=False, minloglevel=2,
+        remove_extra_whitespaces=False, required_chars=" ▁", minloglevel=2,
     )  # fmt: skip
     (folder / "tokenizer.vocab").unlink()
     pieces = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))

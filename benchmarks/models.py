@@ -7,7 +7,6 @@ Each runs the programs of the rules one after the other; what refuses it, and wi
 result. Weights are random, so this shows what is computed rightly and not what is learned well.
 """
 
-import contextlib
 import json
 import multiprocessing
 import os
@@ -38,10 +37,10 @@ def run_settings() -> dict[str, Any]:
     return settings
 
 
-def workflow_steps(folder: Path, settings: dict[str, Any]) -> dict[str, list[object]]:
+def workflow_steps(folder: Path, base: Path, settings: dict[str, Any]) -> dict[str, list[object]]:
     """Return the commands of one model's way, in the order of the rules."""
     told = json.dumps(settings, ensure_ascii=False)
-    base, tokens, f16, q4 = (folder / name for name in ("base", "tokens", "f16.gguf", "q4.gguf"))
+    tokens, f16, q4 = (folder / name for name in ("tokens", "f16.gguf", "q4.gguf"))
     adapter, merged, data = folder / "adapter", folder / "merged", WORK / "dataset"
     splits = [x for s in ("train", "validation", "test") for x in (f"--{s}", data / f"{s}.jsonl")]
     common = ("--settings", told, "--threads", 1)
@@ -59,14 +58,14 @@ def workflow_steps(folder: Path, settings: dict[str, Any]) -> dict[str, list[obj
     }  # fmt: skip
 
 
-def check_base(folder: Path) -> None:
+def check_base(base: Path, tokens: Path) -> None:
     """What is looked at before anything is trained: the folder, and packed sequences."""
     from pockettune.data.prompts import Examples
     from pockettune.models.folder import check_model_folder
     from pockettune.runtimes.packing import check_packing
 
-    check_model_folder(folder / "base")
-    check_packing(folder / "base", [e.prompt_ids for e in Examples(folder / "tokens/test.arrow")])
+    check_model_folder(base)
+    check_packing(base, [e.prompt_ids for e in Examples(tokens / "test.arrow")])
 
 
 def run_program(command: list[object]) -> None:
@@ -112,12 +111,13 @@ def try_architecture(architecture: Architecture, texts: list[str]) -> dict[str, 
     """Return {"step", "line"} of what refused the model, both None where it works."""
     with tempfile.TemporaryDirectory(prefix="pockettune-") as name:
         folder = Path(name)
+        base = folder / architecture.kind
         steps: dict[str, Callable[[], None]] = {
-            "make": lambda: make_tiny(architecture, texts, folder / "base")
+            "make": lambda: make_tiny(architecture, texts, base)
         }
-        for title, command in workflow_steps(folder, run_settings()).items():
+        for title, command in workflow_steps(folder, base, run_settings()).items():
             steps[title] = (
-                (lambda: check_base(folder))
+                (lambda: check_base(base, folder / "tokens"))
                 if title == "check_base"
                 else (lambda command=command: run_program(command))
             )
@@ -125,8 +125,6 @@ def try_architecture(architecture: Architecture, texts: list[str]) -> dict[str, 
             if line := in_a_process(work, folder / "output"):
                 plain = line.replace(f"{folder}/", "").replace(str(folder), "")
                 return {"step": title, "line": plain}
-        with contextlib.suppress(OSError):
-            shutil.rmtree(folder / "scratch")
         return {"step": None, "line": None, "targets": targets(folder / "adapter")}
 
 

@@ -237,7 +237,7 @@ def test_packed_is_alone(kind: str, changes: dict[str, Any], tmp_path: Path) -> 
         ("bloom", {"n_layer": 2, "n_head": 4}, "mix the sequences of a pass"),
         ("falcon_h1", {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16},
          "mix the sequences of a pass"),
-        ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1}, "its attention has s_aux"),
+        ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1}, "attention has s_aux"),
         ("stablelm", {}, "does not pass on what its attention must know"),
     ],
 )  # fmt: skip

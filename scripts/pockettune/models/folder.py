@@ -193,8 +193,10 @@ def check_unchanged(folder: Path) -> None:
             )
 
 
-def load_model(folder: Path, *, attention: str = "sdpa", **options: Any) -> "torch.nn.Module":
+def load_model(folder: Path, *, attention: str = "eager", **options: Any) -> "torch.nn.Module":
     """Load a causal language model from a local folder; options are from_pretrained's.
+
+    `attention` is by default the one that every architecture has (Gemma 2 has no other).
 
     Raises UserError where the weights have changed since they were fetched.
     """

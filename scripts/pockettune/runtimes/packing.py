@@ -41,6 +41,8 @@ WITHOUT_EFFECT = {"dropout", "is_causal", "position_ids", "use_cache", "cache_po
 CHECKED_START, CHECKED_TAILS = 12, (20, 14)
 CHECKED_DIFFERENCE = 1e-2
 
+ADVICE = "take another model (docs/models.md lists those that work)"
+
 # Tokens in one forward pass: enough to fill the hardware.
 TOKENS_A_PASS = {"cpu": 2048, "cuda": 16384}
 
@@ -125,9 +127,14 @@ def attend(
     unknown = [n for n, x in others.items() if x is not None and n not in WITHOUT_EFFECT]
     if unknown or others.get("is_causal") is False:
         named = ", ".join(unknown) or "tokens that look ahead"
-        raise UserError(f"its attention has {named}, which packed sequences do not support")
+        raise UserError(
+            f"this model's attention has {named}, which packed sequences do not support; {ADVICE}"
+        )
     if packing is None:
-        raise UserError("it does not pass on what its attention must know about packed sequences")
+        raise UserError(
+            "this model does not pass on what its attention must know about packed sequences;"
+            f" {ADVICE}"
+        )
     if sliding_window is not None and sliding_window >= packing.longest:
         sliding_window = None
     plain = sliding_window is None and not softcap and value.shape[3] == query.shape[3]
@@ -277,7 +284,6 @@ def check_packing(folder: Path, prompts: Sequence[Tokens]) -> dict[str, float]:
     sequences = _sequences_to_check(model.config.get_text_config(), prompts)
     shared = len(common_prefix(sequences))
     places = [range(shared, len(sequence)) for sequence in sequences]
-    advice = "take another model (docs/models.md lists those that work)"
     try:
         with torch.inference_mode():
             packed = packed_logits(model, sequences, places).float()
@@ -286,10 +292,12 @@ def check_packing(folder: Path, prompts: Sequence[Tokens]) -> dict[str, float]:
                 model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, shared:].float()
                 for tokens in sequences
             ]
+    except UserError as error:
+        raise UserError(f"model {folder.name} cannot be trained here: {error}") from error
     except Exception as error:  # foreign code, asked for what it may not know
         reason = " ".join(str(error).split())
         raise UserError(
-            f"model {folder.name} cannot be trained here: {reason}; {advice}"
+            f"model {folder.name} cannot be trained here: {reason}; {ADVICE}"
         ) from error
     expected = torch.cat(alone)
     spread = expected.std().item()
@@ -301,7 +309,7 @@ def check_packing(folder: Path, prompts: Sequence[Tokens]) -> dict[str, float]:
         raise UserError(
             f"model {folder.name} cannot be trained here: behind a shared start its logits are off by"
             f" {difference:.2g} (their spread is {spread:.2g}), so layers of its architecture ({kind})"
-            f" mix the sequences of a pass; {advice}"
+            f" mix the sequences of a pass; {ADVICE}"
         )
     return {"difference": difference, "spread": spread}
 
