@@ -87,7 +87,7 @@ def make_tiny(architecture: Architecture, texts: list[str], folder: Path) -> Non
 
     folder.mkdir(parents=True)
     if architecture.sentencepiece:
-        rows, bos, eos = write_sentencepiece(texts, folder)
+        rows, bos, eos = write_sentencepiece(texts, folder, prefix="gemma" not in architecture.kind)
     else:
         tokenizer = train_tokenizer(texts, VOCABULARY)
         tokenizer.save(str(folder / "tokenizer.json"))
@@ -111,9 +111,10 @@ def make_tiny(architecture: Architecture, texts: list[str], folder: Path) -> Non
     (folder / "generation_config.json").unlink(missing_ok=True)
 
 
-def write_sentencepiece(texts: Iterable[str], folder: Path) -> tuple[int, int, int]:
+def write_sentencepiece(texts: Iterable[str], folder: Path, prefix: bool) -> tuple[int, int, int]:
     """Write tokenizer.model and the tokenizer.json of the same tokens.
 
+    With `prefix` a space is put before a text, as all but Gemma have it.
     Returns how many tokens it has, and the ids of BOS and EOS.
     """
     import sentencepiece
@@ -124,8 +125,8 @@ def write_sentencepiece(texts: Iterable[str], folder: Path) -> tuple[int, int, i
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts), model_prefix=str(folder / "tokenizer"), model_type="bpe",
         vocab_size=VOCABULARY, byte_fallback=True, control_symbols=control, unk_id=0, bos_id=1, eos_id=2,
-        pad_id=-1, normalization_rule_name="identity", add_dummy_prefix=False,
-        remove_extra_whitespaces=False, required_chars=" ▁", minloglevel=2,
+        pad_id=-1, normalization_rule_name="identity", add_dummy_prefix=prefix,
+        remove_extra_whitespaces=False, required_chars="▁", minloglevel=2,
     )  # fmt: skip
     (folder / "tokenizer.vocab").unlink()
     pieces = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
@@ -134,7 +135,10 @@ def write_sentencepiece(texts: Iterable[str], folder: Path) -> tuple[int, int, i
     special = [*ENDS.values(), *control]
     merges = generate_merges(ids, scores, skip_tokens=special)
     tokenizer = Tokenizer(models.BPE(ids, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))  # fmt: skip
-    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    spaces = normalizers.Replace(" ", "▁")
+    tokenizer.normalizer = (
+        normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
+    )
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     )

@@ -168,9 +168,13 @@ def main() -> None:
         if wanted and not any(word in architecture.name for word in wanted):
             continue
         results[architecture.name] = result = try_architecture(architecture, texts)
-        print(f"{architecture.name}: {result['step'] or 'works'} {result['line'] or ''}", flush=True)
+        print(
+            f"{architecture.name}: {result['step'] or 'works'} {result['line'] or ''}", flush=True
+        )
     if not wanted:
-        RESULTS.write_text(json.dumps(results, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        RESULTS.write_text(
+            json.dumps(results, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":
