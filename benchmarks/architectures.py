@@ -5,8 +5,9 @@ configuration of the architecture has it.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from common import program
@@ -22,14 +23,19 @@ LONG_ROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.
 GPT2 = {"n_layer": 2, "n_head": 4, "n_embd": 256}
 
 
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
 class Architecture(NamedTuple):
     """A line of docs/models.md."""
 
     name: str
     kind: str  # transformers' model_type
-    changes: dict[str, Any] = {}
+    changes: Mapping[str, Any] = NOTHING
     sentencepiece: bool = False  # where the converter takes no other tokenizer
-    published: dict[str, Any] = {}  # what config.json has on the hub and transformers does not save
+    published: Mapping[str, Any] = (
+        NOTHING  # what config.json has on the hub and transformers does not save
+    )
 
 
 ARCHITECTURES = (
@@ -99,7 +105,7 @@ def make_tiny(architecture: Architecture, texts: list[str], folder: Path) -> Non
         "pad_token_id": 0, "bos_token_id": bos, "eos_token_id": eos, "initializer_range": 0.06,
     }  # fmt: skip
     torch.manual_seed(0)
-    shape = AutoConfig.for_model(architecture.kind, **common | architecture.changes)
+    shape = AutoConfig.for_model(architecture.kind, **{**common, **architecture.changes})
     model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
     with torch.no_grad():  # no two vectors alike, so that a misplaced one shows
         for parameter in model.parameters():
@@ -107,7 +113,7 @@ def make_tiny(architecture: Architecture, texts: list[str], folder: Path) -> Non
                 parameter.add_(torch.randn_like(parameter) * 0.02)
     model.half().save_pretrained(folder)
     config = program.read_json(folder / "config.json")
-    program.write_json(folder / "config.json", config | architecture.published)
+    program.write_json(folder / "config.json", {**config, **architecture.published})
     (folder / "generation_config.json").unlink(missing_ok=True)
 
 

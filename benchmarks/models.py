@@ -1,7 +1,7 @@
-"""Take a tiny random model of each architecture through the workflow, and write docs/models.md.
+"""Take a tiny random model of each architecture through the workflow; write the table of docs/models.md.
 
-    python benchmarks/models.py            # all, about ten minutes
-    python benchmarks/models.py Gemma      # those of this name; writes no page
+    python benchmarks/models.py            # all, in two minutes
+    python benchmarks/models.py Gemma      # those of this name; writes nothing
 
 Each runs the programs of the rules one after the other; what refuses it, and with which line, is its
 result. Weights are random, so this shows what is computed rightly and not what is learned well.
@@ -10,20 +10,26 @@ result. Weights are random, so this shows what is computed rightly and not what 
 import json
 import multiprocessing
 import os
+import re
 import runpy
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from architectures import ARCHITECTURES, Architecture, make_tiny
 from common import CONVERTER, ROOT, WORK, data_steps, default_settings, make_data, step
 
-RESULTS = ROOT / "benchmarks/models.json"
+# The page, and what its table is written in.
+PAGES = {
+    "docs/models.md": ("| model | `model_type` | `target_modules` | result |", "as in config.yaml", "works", "{}: {}"),
+    "docs/models.zh-CN.md": ("| 模型 | `model_type` | `target_modules` | 结果 |", "同 config.yaml", "可用", "{}：{}"),
+}  # fmt: skip
+BEGIN, END = "<!-- table -->\n", "<!-- end -->\n"
 DEFAULT_TARGETS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-HEADS = {"lm_head", "embed_out"}
 
 
 def run_settings() -> dict[str, Any]:
@@ -116,14 +122,12 @@ def try_architecture(architecture: Architecture, texts: list[str]) -> dict[str, 
             "make": lambda: make_tiny(architecture, texts, base)
         }
         for title, command in workflow_steps(folder, base, run_settings()).items():
-            steps[title] = (
-                (lambda: check_base(base, folder / "tokens"))
-                if title == "check_base"
-                else (lambda command=command: run_program(command))
-            )
+            steps[title] = partial(run_program, command)
+        steps["check_base"] = lambda: check_base(base, folder / "tokens")
         for title, work in steps.items():
             if line := in_a_process(work, folder / "output"):
-                plain = line.replace(f"{folder}/", "").replace(str(folder), "")
+                # Without what is another in every run: the folder, the name of an unfinished file.
+                plain = re.sub(r"\.([\w.]+)\.\w+\.partial", r"\1", line.replace(f"{folder}/", ""))
                 return {"step": title, "line": plain}
         return {"step": None, "line": None, "targets": targets(folder / "adapter")}
 
@@ -132,6 +136,30 @@ def targets(adapter: Path) -> list[str]:
     """Return the names of the layers that got an adapter."""
     config = json.loads((adapter / "adapter_config.json").read_text())
     return sorted(config["target_modules"])
+
+
+def write_tables(results: dict[str, dict[str, Any]]) -> None:
+    """Write the results into the pages, between their marks."""
+    kinds = {architecture.name: architecture.kind for architecture in ARCHITECTURES}
+    for page, (header, default, works, refused) in PAGES.items():
+        lines = [header, "|---|---|---|---|"]
+        for name, result in results.items():
+            usual = DEFAULT_TARGETS.issubset(result.get("targets", ()))
+            chosen = "" if result["step"] else default if usual else "`all-linear`"
+            told = works
+            if result["step"]:
+                told = refused.format(f"`{result['step']}`", cell(result["line"]))
+            lines.append(f"| {name} | {kinds[name]} | {chosen} | {told} |")
+        path = ROOT / page
+        before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+        after = rest.partition(END)[2]
+        table = "\n".join(lines) + "\n"
+        path.write_text(before + BEGIN + table + END + after, encoding="utf-8")
+
+
+def cell(line: str) -> str:
+    """Return an error's line without the advice that leads to this very page."""
+    return line.partition("; take another model")[0].replace("|", "/").strip()
 
 
 def prepare() -> list[str]:
@@ -172,9 +200,7 @@ def main() -> None:
             f"{architecture.name}: {result['step'] or 'works'} {result['line'] or ''}", flush=True
         )
     if not wanted:
-        RESULTS.write_text(
-            json.dumps(results, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
-        )
+        write_tables(results)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ WITHOUT_EFFECT = {"dropout", "is_causal", "position_ids", "use_cache", "cache_po
 
 # Of check_packing: tokens of the shared start and of the two tails, and the difference of logits, in
 # standard deviations of the logits, up to which it is fp32's rounding. A wrong attention is off by
-# 0.5 and more.
+# 0.4 and more.
 CHECKED_START, CHECKED_TAILS = 12, (20, 14)
 CHECKED_DIFFERENCE = 1e-2
 
