@@ -87,9 +87,9 @@ def in_a_process(work: Callable[[], None], output: Path) -> str | None:
     """
 
     def child() -> None:
-        with output.open("w") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
+        sys.stdout = sys.stderr = file = output.open("w", buffering=1)
+        for native in (1, 2):  # what llama.cpp writes
+            os.dup2(file.fileno(), native)
         try:
             work()
         except SystemExit:

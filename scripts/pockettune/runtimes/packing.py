@@ -36,10 +36,10 @@ WITHOUT_EFFECT = {"dropout", "is_causal", "position_ids", "use_cache", "cache_po
                   "output_attentions", "output_hidden_states", "output_router_logits"}  # fmt: skip
 
 # Of check_packing: tokens of the shared start and of the two tails, and the difference of logits, in
-# standard deviations of the logits, up to which it is fp32's rounding. A wrong attention is off by
-# 0.4 and more.
+# standard deviations of the logits, up to which it is fp32's rounding: 0.00001 of SmolLM2's 30
+# layers and Gemma 3's 18. A wrong attention is off by 0.4 and more.
 CHECKED_START, CHECKED_TAILS = 12, (20, 14)
-CHECKED_DIFFERENCE = 1e-2
+CHECKED_DIFFERENCE = 1e-3
 
 ADVICE = "take another model (docs/models.md lists those that work)"
 
