@@ -70,7 +70,7 @@ ARCHITECTURES = (
     Architecture("Arcee", "arcee"),
     Architecture("Apertus", "apertus"),
     Architecture("Seed-OSS", "seed_oss"),
-    Architecture("EXAONE 4", "exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 2}),
+    Architecture("EXAONE 4 (no windows)", "exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 2}),
     Architecture("Cohere 2", "cohere2", {"sliding_window": 32, "num_hidden_layers": 4}, published={"rotary_pct": 1.0}),
     Architecture("StarCoder 2", "starcoder2", {"sliding_window": None}),
     Architecture("GPT-2", "gpt2", GPT2, published={"n_ctx": 2048}),
