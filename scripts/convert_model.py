@@ -66,7 +66,25 @@ def run_converter(model: Path, converter: Path, settings: Mapping[str, Any], out
         mock.patch.object(sys, "argv", arguments),
         mock.patch.object(logging, "basicConfig"),  # our handlers stay
     ):
-        runpy.run_path(str(converter / "convert_hf_to_gguf.py"), run_name="__main__")
+        try:
+            runpy.run_path(str(converter / "convert_hf_to_gguf.py"), run_name="__main__")
+        except SystemExit as ended:
+            if ended.code:
+                raise UserError(refusal(model, "does not know its architecture")) from ended
+        except KeyError as missing:
+            raise UserError(
+                refusal(model, f"asks its config.json or tokenizer for {missing}")
+            ) from missing
+
+
+def refusal(model: Path, reason: str) -> str:
+    """Return the line by which a model is refused that the converter cannot convert."""
+    config = program.read_json(model / "config.json")
+    kind = ", ".join(config.get("architectures") or ["unknown"])
+    return (
+        f"model {model} ({kind}): llama.cpp's converter {reason}; take another model"
+        " (docs/models.md lists those that work)"
+    )
 
 
 def lineage(settings: Mapping[str, Any]) -> Any:

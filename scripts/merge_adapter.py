@@ -15,7 +15,10 @@ import torch
 
 from pockettune.common import program
 from pockettune.common.errors import UserError
-from pockettune.models.folder import EMBEDDING, copy_tokenizer, load_model, tensor_shapes
+from pockettune.models.folder import copy_tokenizer, embedding_shape, load_model, tensor_shapes
+
+# What transformers leaves out of the config.json it saves and llama.cpp's converter asks for.
+CARRIED = ("n_ctx", "rotary_pct")  # GPT-2; GPT-NeoX, Cohere 2
 
 FP16_MAX = torch.finfo(torch.float16).max
 
@@ -34,10 +37,20 @@ def merge_adapter(base: Path, adapter: Path, output: Path) -> None:
         check_range(merged)
         merged.half()
         merged.save_pretrained(partial)
+        carry_config(base, partial)
         copy_tokenizer(base, partial)
         check_shape(base, partial)
     parameters = sum(p.numel() for p in merged.parameters())
     program.logger.info("merged model of %s parameters in %s", f"{parameters:,}", output)
+
+
+def carry_config(base: Path, merged: Path) -> None:
+    """Put back into the merged config.json what of the base's the converter needs."""
+    before = program.read_json(base / "config.json")
+    after = program.read_json(merged / "config.json")
+    carried = {key: before[key] for key in CARRIED if key in before and key not in after}
+    if carried:
+        program.write_json(merged / "config.json", after | carried)
 
 
 def check_range(model: torch.nn.Module) -> None:
@@ -57,12 +70,15 @@ def check_shape(base: Path, merged: Path) -> None:
     of Qwen2.5-0.5B.
     """
     before, after = tensor_shapes(base), tensor_shapes(merged)
-    if before.get(EMBEDDING) != after.get(EMBEDDING):
+    old, new = embedding_shape(before), embedding_shape(after)
+    if old != new:
         raise UserError(
-            f"merging changed the embedding from {before.get(EMBEDDING)} to {after.get(EMBEDDING)}:"
+            f"merging changed the embedding from {old} to {new}:"
             " the adapter resized the vocabulary; train it without new tokens"
         )
-    if added := sorted(after.keys() - before.keys()):
+    # Some bases leave out the name of the block around all layers (GPT-2: wte, not transformer.wte).
+    known = tuple(f".{name}" for name in before)
+    if added := sorted(n for n in after.keys() - before.keys() if not n.endswith(known)):
         raise UserError(f"merging added {', '.join(added)}: the adapter untied the embedding")
 
 

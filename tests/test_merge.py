@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from merge_adapter import check_range, check_shape, merge_adapter
+from merge_adapter import carry_config, check_range, check_shape, merge_adapter
 from pockettune.common.errors import UserError
 from pockettune.models.folder import load_model, read_header
 
@@ -106,3 +106,14 @@ def test_adapter_with_nan_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="NaN"):
         merge_adapter(tiny_model, adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+def test_config_keeps_what_the_converter_asks_for(tiny_model: Path, tmp_path: Path) -> None:
+    """GPT-2's n_ctx, which transformers does not save."""
+    for name, added in (("base", {"n_ctx": 512, "n_special": 1}), ("merged", {})):
+        (tmp_path / name).mkdir()
+        config = json.loads((tiny_model / "config.json").read_text())
+        (tmp_path / name / "config.json").write_text(json.dumps({**config, **added}))
+    carry_config(tmp_path / "base", tmp_path / "merged")
+    merged = json.loads((tmp_path / "merged/config.json").read_text())
+    assert merged == {**config, "n_ctx": 512}

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from pockettune.common.errors import UserError
-from pockettune.models.folder import check_model_folder, load_tokenizer
+from pockettune.models.folder import check_model_folder, embedding_shape, load_tokenizer
 
 
 @pytest.fixture
@@ -67,3 +67,17 @@ def test_model_without_chat_template_is_refused(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="no chat template; take the Instruct version"):
         load_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"),
+        ("transformer.wte.weight", "transformer.wpe.weight"),
+        ("model.decoder.embed_tokens.weight", "model.decoder.embed_positions.weight"),
+        ("gpt_neox.embed_in.weight", "embed_out.weight"),
+    ],
+)
+def test_embedding_of_other_architectures(name: str, other: str) -> None:
+    assert embedding_shape({other: [7, 4], name: [9, 4]}) == [9, 4]
+    assert embedding_shape({other: [7, 4]}) is None

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from pockettune.common.errors import UserError
 from pockettune.data.prompts import Example
 from pockettune.models.adapters import add_adapter
 from pockettune.models.folder import load_model
@@ -15,6 +16,7 @@ from pockettune.runtimes import packing
 from pockettune.runtimes.packing import (
     ATTENTION,
     TOKENS_A_PASS,
+    check_packing,
     next_token_logits,
     pack,
     packed_logits,
@@ -184,6 +186,82 @@ def test_rows_of_the_flash_call() -> None:
     assert (arguments["max_q"], arguments["max_k"]) == (3, 5)
     alone = pack(0, [3, 1], torch.device("cpu"), varlen=True).varlen
     assert alone["cu_seq_q"].tolist() == alone["cu_seq_k"].tolist() == [0, 3, 4]
+
+
+# Two layers, narrow: enough for every kind of layer to show.
+NARROW: dict[str, Any] = {
+    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+PROMPTS = [list(range(3, 45)), list(range(60, 100))]
+
+
+def save_narrow(folder: Path, kind: str, **changes: Any) -> Path:
+    """Save a random model of an architecture, its weights large enough for attention to matter."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **NARROW | changes))
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder / kind)
+    return folder / kind
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("qwen2", {}),
+        ("mistral", {"sliding_window": 6}),
+        ("gemma2", {"sliding_window": 6, "attn_logit_softcapping": 0.5}),
+        ("gemma3_text", {"sliding_window": 6}),
+        ("minicpm3", {"q_lora_rank": 32, "kv_lora_rank": 16, "qk_nope_head_dim": 16,
+                      "qk_rope_head_dim": 8, "v_head_dim": 16, "num_key_value_heads": 4}),
+        ("cohere2", {"sliding_window": 6}),
+    ],
+)  # fmt: skip
+def test_packed_is_alone(kind: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    """Also with a window shorter than the prompt, a soft cap, and values narrower than keys."""
+    found = check_packing(save_narrow(tmp_path, kind, **changes), PROMPTS)
+    assert found["difference"] < 1e-4 * found["spread"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "reason"),
+    [
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}, "mix the sequences of a pass"),
+        ("bloom", {"n_layer": 2, "n_head": 4}, "mix the sequences of a pass"),
+        ("falcon_h1", {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16},
+         "mix the sequences of a pass"),
+        ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1}, "attention has s_aux"),
+        ("stablelm", {}, "does not pass on what its attention must know"),
+    ],
+)  # fmt: skip
+def test_other_models_are_refused_by_name(
+    kind: str, changes: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    folder = save_narrow(tmp_path, kind, **changes)
+    with pytest.raises(
+        UserError, match=f"model {kind} cannot be trained here: .*{reason}"
+    ) as caught:
+        check_packing(folder, PROMPTS)
+    assert "\n" not in str(caught.value)
+
+
+def test_windows_and_soft_caps_of_the_flash_call_go_one_sequence_at_a_time() -> None:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(1, 4, 12, 8), torch.randn(1, 2, 12, 8), torch.randn(1, 2, 12, 8)
+    options: dict[str, Any] = {"scaling": 0.3, "sliding_window": 3, "softcap": 2.0}
+    results = [
+        packing.attend(
+            torch.nn.Module(), query, key, value, None,
+            pack(4, [5, 3], torch.device("cpu"), varlen), **options,
+        )[0]
+        for varlen in (False, True)
+    ]  # fmt: skip
+    assert torch.equal(*results)
 
 
 @pytest.mark.gpu

@@ -481,3 +481,31 @@ def test_precision() -> None:
     assert choose_precision("auto", "cpu") in ("bf16", "fp32")
     with pytest.raises(UserError, match=r"train\.precision fp16 needs a GPU"):
         choose_precision("fp16", "cpu")
+
+
+def test_layers_that_no_adapter_can_change_are_named(tiny_model: Path) -> None:
+    """A tied head or embedding would be another model after merging; a block is no layer."""
+    model = load_model(tiny_model, dtype=torch.float32)
+    for wanted in (["lm_head"], ["embed_tokens"], ["mlp"]):
+        with pytest.raises(
+            UserError, match=rf"{wanted[0]}.* not in model tiny; its layers are down_"
+        ):
+            add_adapter(model, TRAIN | {"target_modules": ["q_proj", *wanted]}, tiny_model)
+
+
+def test_all_linear_layers_of_another_architecture() -> None:
+    """GPT-2 has no q_proj: the error says what it has, and all-linear takes it."""
+    from transformers import AutoModelForCausalLM, GPT2Config
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(GPT2Config(n_layer=2, n_embd=64, n_head=2))
+    message = r"q_proj.* not in model x; its layers are c_attn, c_fc, c_proj, and all-linear"
+    with pytest.raises(UserError, match=message):
+        add_adapter(model, TRAIN, Path("x"))
+    adapted = add_adapter(model, TRAIN | {"target_modules": "all-linear"}, Path("x"))
+    targets = {
+        n.split(".lora_A")[0].rpartition(".")[2]
+        for n, _ in adapted.named_parameters()
+        if "lora_A" in n
+    }
+    assert targets == {"c_attn", "c_fc", "c_proj"}

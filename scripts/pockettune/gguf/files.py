@@ -20,8 +20,9 @@ import numpy as np
 from pockettune.common.errors import UserError
 
 EMBEDDING = "token_embd.weight"
-# Llama 3's divisors of the rotations, which the converter works out of config.json: no weight.
+# Divisors of the rotations, which the converter works out of config.json: no weights. Llama 3's, Phi's.
 ROPE_FREQUENCIES = "rope_freqs.weight"
+ROPE_FACTORS = ("rope_factors_long.weight", "rope_factors_short.weight")
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # fmt: skip
 STRING, ARRAY = 8, 9
@@ -190,7 +191,7 @@ def list_tensors(path: Path) -> dict[str, tuple[str, int]]:
     return {
         tensor.name: (tensor.kind_name, len(tensor.shape))
         for tensor in read_gguf(path)[1]
-        if tensor.name != ROPE_FREQUENCIES
+        if tensor.name not in (ROPE_FREQUENCIES, *ROPE_FACTORS)
     }
 
 

@@ -108,7 +108,10 @@ def trainable(train: Any, shape: Shape) -> int:
     """Return the parameters that are trained: none, where the adapter comes from elsewhere."""
     if train.get("adapter"):
         return 0
-    chosen = [t for t in shape.tensors if t.name in train["target_modules"] and len(t.shape) == 2]
+    wanted = train["target_modules"]
+    inner = {t.name for t in shape.tensors} - {"embed_tokens", "lm_head"}
+    names = inner if wanted == "all-linear" else set(wanted)
+    chosen = [t for t in shape.tensors if t.name in names and len(t.shape) == 2]
     magnitudes = sum(t.shape[0] for t in chosen) if train["variant"] == "dora" else 0
     return train["rank"] * sum(map(sum, (t.shape for t in chosen))) + magnitudes
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,26 +22,48 @@ def add_adapter(
     """Return the model with a fresh LoRA adapter, whose own parameters are fp32."""
     from peft import LoraConfig, get_peft_model
 
-    names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-    unknown = [name for name in settings["target_modules"] if name not in names]
-    if unknown:
-        raise UserError(
-            f"train.target_modules: {', '.join(unknown)} not in model {base.name};"
-            f" its layers are {', '.join(sorted(n for n in names if n.endswith('_proj')))}"
-        )
+    targets = choose_targets(model, settings["target_modules"], base.name)
     lora = LoraConfig(
         r=settings["rank"],
         lora_alpha=settings["alpha"],
         lora_dropout=settings["dropout"],
-        target_modules=settings["target_modules"],
+        target_modules=targets,
         use_rslora=settings["variant"] == "rslora",
         use_dora=settings["variant"] == "dora",
         task_type="CAUSAL_LM",
     )
     adapted: Any = get_peft_model(model, lora)
     # A list, because a set is written in another order by every process.
-    adapted.peft_config["default"].target_modules = sorted(settings["target_modules"])
+    adapted.peft_config["default"].target_modules = targets
     return adapted
+
+
+def choose_targets(model: "torch.nn.Module", wanted: Sequence[str] | str, name: str) -> list[str]:
+    """Return the plain names of the layers that get an adapter, sorted; `all-linear` is PEFT's word
+    for all but the output head.
+
+    Raises UserError naming those that are no linear layer of the model, and a head that is tied to
+    the embedding: merging would change the embedding with it.
+    """
+    from torch.nn import Linear
+    from transformers.pytorch_utils import Conv1D
+
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, (Linear, Conv1D))}
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    heads = {n.rpartition(".")[2] for n, layer in layers.items() if layer is head}
+    inner = {n.rpartition(".")[2] for n in layers} - heads
+    if wanted == "all-linear":
+        return sorted(inner)
+    tied = head is not None and head.weight is embedding.weight
+    unknown = [n for n in wanted if n not in (inner if tied else inner | heads)]
+    if unknown:
+        told = [f"{n} (tied to the embedding)" if n in heads else n for n in unknown]
+        raise UserError(
+            f"train.target_modules: {', '.join(told)} not in model {name};"
+            f" its layers are {', '.join(sorted(inner))}, and all-linear names them all"
+        )
+    return sorted(wanted)
 
 
 def check_adapter(adapter: Path, base: Path) -> dict[str, Any]:
@@ -60,7 +82,8 @@ def check_adapter(adapter: Path, base: Path) -> dict[str, Any]:
         shapes = {name: entry["shape"] for name, entry in read_header(adapter / WEIGHTS).items()}
     except (ValueError, TypeError) as error:
         raise UserError(f"train.adapter {adapter}: a file of it {error}") from error
-    faults = _config_faults(config, base) + _shape_faults(shapes, base)
+    faults = _config_faults(config, base)
+    faults += _shape_faults(shapes, base, transposed=bool(config.get("fan_in_fan_out")))
     if faults:
         raise UserError(f"train.adapter {adapter} does not fit {base.name}: {list_faults(faults)}")
     return config
@@ -92,10 +115,13 @@ def _plain_name(model: str) -> str:
     return re.sub(r"-(unsloth-)?bnb-4bit$", "", name)
 
 
-def _shape_faults(shapes: Mapping[str, list[int]], base: Path) -> list[str]:
-    """Compare each pair A (rank, in) and B (out, rank) with its layer's weight (out, in)."""
+def _shape_faults(shapes: Mapping[str, list[int]], base: Path, transposed: bool) -> list[str]:
+    """Compare each pair A (rank, in) and B (out, rank) with its layer's weight (out, in).
+
+    GPT-2 stores its weights transposed, (in, out).
+    """
     layers = {
-        name.removesuffix(".weight"): entry["shape"]
+        name.removesuffix(".weight"): entry["shape"][:: -1 if transposed else 1]
         for file in weight_files(base)
         for name, entry in read_header(file).items()
     }

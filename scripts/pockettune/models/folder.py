@@ -3,6 +3,7 @@
 import json
 import shutil
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-EMBEDDING = "model.embed_tokens.weight"
+# The last part of the embedding's name: Llama and most, GPT-2, GPT-NeoX, BLOOM and Falcon, Nemotron-H.
+EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "embeddings")
 
 # What a tokenizer may consist of; carried unchanged from the base to the merged model.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt",
@@ -68,6 +70,16 @@ def tensor_shapes(folder: Path) -> dict[str, list[int]]:
     """Return the shape of every tensor that a model folder stores, by name."""
     headers = [read_header(path) for path in weight_files(folder)]
     return {name: entry["shape"] for header in headers for name, entry in header.items()}
+
+
+def embedding_shape(shapes: Mapping[str, list[int]]) -> list[int] | None:
+    """Return the embedding's (rows, width) among a model's tensors; None where none is known."""
+    names = [
+        name
+        for name, shape in shapes.items()
+        if len(shape) == 2 and name.removesuffix(".weight").rpartition(".")[2] in EMBEDDINGS
+    ]
+    return shapes[min(names, key=len)] if names else None
 
 
 def _missing_files(folder: Path) -> list[str]:
@@ -126,14 +138,16 @@ def _tokenizer_faults(folder: Path) -> list[str]:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:
         return [f"tokenizer.json cannot be read: {error}"]
-    headers = [read_header(path) for path in weight_files(folder)]
-    rows = [header[EMBEDDING]["shape"][0] for header in headers if EMBEDDING in header]
-    if not rows:
-        return [f"the weights hold no {EMBEDDING}: not an architecture that this workflow knows"]
-    highest = max(tokenizer.get_vocab(with_added_tokens=True).values())
-    if highest >= rows[0]:
+    shape = embedding_shape(tensor_shapes(folder))
+    if shape is None:
         return [
-            f"the tokenizer does not fit: its ids go up to {highest}, the embedding has {rows[0]} rows;"
+            f"the weights hold no embedding (a matrix named {', '.join(EMBEDDINGS)}):"
+            " not an architecture that this workflow knows"
+        ]
+    highest = max(tokenizer.get_vocab(with_added_tokens=True).values())
+    if highest >= shape[0]:
+        return [
+            f"the tokenizer does not fit: its ids go up to {highest}, the embedding has {shape[0]} rows;"
             " take tokenizer and weights from the same model"
         ]
     return []
@@ -191,8 +205,10 @@ def check_unchanged(folder: Path) -> None:
             )
 
 
-def load_model(folder: Path, *, attention: str = "sdpa", **options: Any) -> "torch.nn.Module":
+def load_model(folder: Path, *, attention: str = "eager", **options: Any) -> "torch.nn.Module":
     """Load a causal language model from a local folder; options are from_pretrained's.
+
+    `attention` is by default the one that every architecture has (Gemma 2 has no other).
 
     Raises UserError where the weights have changed since they were fetched.
     """

@@ -10,10 +10,12 @@ neither padding nor a repeated start is computed, and logits and gradients are t
 alone: tests hold it to that. (Prompt sharing as in vLLM's prefix caching, here with gradients.)
 """
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,11 +23,25 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from pockettune.common.errors import UserError
+from pockettune.models.folder import load_model
 from pockettune.runtimes.batching import common_prefix, group_by_tokens
 
 Tokens = Sequence[int]
 
 ATTENTION = "pockettune_packed"  # the name under which `attend` is known to transformers
+
+# What models hand to their attention and the result does not hang on. Dropout of attention weights
+# is left out: LoRA has its own (train.dropout).
+WITHOUT_EFFECT = {"dropout", "is_causal", "position_ids", "use_cache", "cache_position", "return_dict",
+                  "output_attentions", "output_hidden_states", "output_router_logits"}  # fmt: skip
+
+# Of check_packing: tokens of the shared start and of the two tails, and the difference of logits, in
+# standard deviations of the logits, up to which it is fp32's rounding: 0.00001 of SmolLM2's 30
+# layers and Gemma 3's 18. A wrong attention is off by 0.4 and more.
+CHECKED_START, CHECKED_TAILS = 12, (20, 14)
+CHECKED_DIFFERENCE = 1e-3
+
+ADVICE = "take another model (docs/models.md lists those that work)"
 
 # Tokens in one forward pass: enough to fill the hardware.
 TOKENS_A_PASS = {"cpu": 2048, "cuda": 16384}
@@ -37,8 +53,11 @@ class Packing:
 
     start: int  # length of the shared start
     lengths: tuple[int, ...]  # of the tails
-    masks: list[torch.Tensor]  # of each row of `spans`: (own, seen), true where a token may look
-    varlen: dict[str, Any]  # instead of masks: varlen_attn's arguments, and the rows of its keys
+    device: torch.device
+    varlen: dict[
+        str, Any
+    ]  # varlen_attn's arguments, and the rows of its keys; empty: it is not used
+    made: dict[int | None, list[torch.Tensor]] = field(default_factory=dict)  # masks, by window
 
     @cached_property
     def spans(self) -> list[tuple[int, int]]:
@@ -50,13 +69,28 @@ class Packing:
     def longest(self) -> int:
         return self.start + max(self.lengths)
 
+    def masks(self, window: int | None) -> list[torch.Tensor]:
+        """Return a mask (own, seen) for each row of `spans`, true where a token may look.
+
+        With a window a token sees that many tokens, the last of them itself.
+        """
+        if window not in self.made:
+            self.made[window] = [self._mask(begin, end, window) for begin, end in self.spans]
+        return self.made[window]
+
+    def _mask(self, begin: int, end: int, window: int | None) -> torch.Tensor:
+        own = end - begin
+        before = self.start if begin else 0
+        mask = torch.ones(own, before + own, dtype=torch.bool, device=self.device).tril(before)
+        return mask if window is None else mask.triu(before - window + 1)
+
 
 def pack(start: int, lengths: Sequence[int], device: torch.device, varlen: bool) -> Packing:
     """Lay tails of the given lengths behind a shared start."""
-    packing = Packing(start, tuple(lengths), [], {})
-    seen = [[*range(start if begin else 0), *range(begin, end)] for begin, end in packing.spans]
-    own = [end - begin for begin, end in packing.spans]
+    packing = Packing(start, tuple(lengths), device, {})
     if varlen:
+        seen = [[*range(start if begin else 0), *range(begin, end)] for begin, end in packing.spans]
+        own = [end - begin for begin, end in packing.spans]
         packing.varlen.update(
             {
                 "keys": torch.tensor([row for rows in seen for row in rows], device=device),
@@ -65,11 +99,6 @@ def pack(start: int, lengths: Sequence[int], device: torch.device, varlen: bool)
                 "max_q": max(own),
                 "max_k": max(map(len, seen)),
             }
-        )
-    else:
-        packing.masks.extend(
-            torch.ones(n, len(rows), dtype=torch.bool, device=device).tril(len(rows) - n)
-            for n, rows in zip(own, seen, strict=True)
         )
     return packing
 
@@ -84,35 +113,51 @@ def attend(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    packing: Packing,
-    scaling: float,
+    packing: Packing | None = None,
+    scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of one layer: query (1, heads, tokens, width) to (1, tokens, heads, width).
 
     The signature is transformers' (5.23, AttentionInterface); `packing` comes through the model's
-    keyword arguments.
+    keyword arguments. Raises UserError where a model asks for what would change the result.
     """
-    if softcap or (sliding_window and sliding_window < packing.longest):
+    unknown = [n for n, x in others.items() if x is not None and n not in WITHOUT_EFFECT]
+    if unknown or others.get("is_causal") is False:
+        named = ", ".join(unknown) or "tokens that look ahead"
         raise UserError(
-            "this model's attention has a soft cap, or a window shorter than tokenize.max_length,"
-            " which packed sequences do not support: lower tokenize.max_length or take another model"
+            f"this model's attention has {named}, which packed sequences do not support; {ADVICE}"
         )
-    if packing.varlen:
+    if packing is None:
+        raise UserError(
+            "this model does not pass on what its attention must know about packed sequences;"
+            f" {ADVICE}"
+        )
+    if sliding_window is not None and sliding_window >= packing.longest:
+        sliding_window = None
+    plain = sliding_window is None and not softcap and value.shape[3] == query.shape[3]
+    if packing.varlen and plain:
         return _attend_varlen(query, key, value, packing.varlen, scaling), None
-    return _attend_each(query, key, value, packing, scaling), None
+    masks = packing.masks(sliding_window)
+    return _attend_each(query, key, value, packing, masks, scaling, softcap), None
 
 
 def _attend_each(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing, scaling: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    packing: Packing,
+    masks: Sequence[torch.Tensor],
+    scaling: float | None,
+    softcap: float | None,
 ) -> torch.Tensor:
     """One call a sequence. On a CPU this costs less than one masked call over the whole pass."""
     heads, width = query.shape[1], query.shape[3]
     groups = heads // key.shape[1]
     outputs = []
-    for (begin, end), mask in zip(packing.spans, packing.masks, strict=True):
+    for (begin, end), mask in zip(packing.spans, masks, strict=True):
         keys, values = (
             torch.cat([x[:, :, : packing.start], x[:, :, begin:end]], dim=2)
             if begin and packing.start
@@ -122,11 +167,29 @@ def _attend_each(
         # The heads that share a key are folded into its rows: the same numbers as enable_gqa,
         # whose backward pass takes 1.4 times as long (2 cores, 14 heads of 2 keys, 85 tokens).
         folded = query[:, :, begin:end].reshape(1, heads // groups, -1, width)
-        output = scaled_dot_product_attention(
-            folded, keys, values, attn_mask=mask.repeat(groups, 1), scale=scaling
-        )
-        outputs.append(output.view(1, heads, end - begin, width))
+        rows = mask.repeat(groups, 1)
+        if softcap:
+            output = _attend_capped(folded, keys, values, rows, scaling, softcap)
+        else:
+            output = scaled_dot_product_attention(
+                folded, keys, values, attn_mask=rows, scale=scaling
+            )
+        outputs.append(output.reshape(1, heads, end - begin, value.shape[3]))
     return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def _attend_capped(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float | None,
+    softcap: float,
+) -> torch.Tensor:
+    """Attention whose scores bend towards ±softcap before the softmax (Gemma 2, arXiv 2408.00118)."""
+    scores = query @ key.transpose(2, 3) * (query.shape[3] ** -0.5 if scaling is None else scaling)
+    scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, float("-inf"))
+    return scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype) @ value
 
 
 def _attend_varlen(
@@ -134,7 +197,7 @@ def _attend_varlen(
     key: torch.Tensor,
     value: torch.Tensor,
     arguments: dict[str, Any],
-    scaling: float,
+    scaling: float | None,
 ) -> torch.Tensor:
     """PyTorch's own flash attention over sequences of different lengths.
 
@@ -208,3 +271,61 @@ def next_token_logits(model: torch.nn.Module, prompts: Sequence[Tokens]) -> Iter
         for group in group_by_tokens(prompts, limit, len):
             last = [[len(prompt) - 1] for prompt in group]
             yield from packed_logits(model, group, last).float().cpu().numpy()
+
+
+def check_packing(folder: Path, prompts: Sequence[Tokens]) -> dict[str, float]:
+    """Raise UserError where packed sequences would make other numbers of a model than its own.
+
+    Two sequences out of the prompts' tokens are computed in fp32, behind a shared start and each
+    alone in transformers' plain attention of this model; every logit behind the start is compared.
+    Returns the largest difference and the standard deviation of the logits.
+    """
+    model: Any = load_model(folder, attention=ATTENTION, dtype=torch.float32).eval()
+    sequences = _sequences_to_check(model.config.get_text_config(), prompts)
+    shared = len(common_prefix(sequences))
+    places = [range(shared, len(sequence)) for sequence in sequences]
+    try:
+        with torch.inference_mode():
+            packed = packed_logits(model, sequences, places).float()
+            model.set_attn_implementation("eager")
+            alone = [
+                model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, shared:].float()
+                for tokens in sequences
+            ]
+    except UserError as error:
+        raise UserError(f"model {folder.name} cannot be trained here: {error}") from error
+    except Exception as error:  # foreign code, asked for what it may not know
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"model {folder.name} cannot be trained here: {reason}; {ADVICE}"
+        ) from error
+    expected = torch.cat(alone)
+    spread = expected.std().item()
+    difference = (
+        (packed - expected).abs().max().item() if packed.shape == expected.shape else math.inf
+    )
+    if not difference <= CHECKED_DIFFERENCE * spread:
+        kind = getattr(model.config, "model_type", "unknown")
+        raise UserError(
+            f"model {folder.name} cannot be trained here: behind a shared start its logits are off by"
+            f" {difference:.2g} (their spread is {spread:.2g}), so layers of its architecture ({kind})"
+            f" mix the sequences of a pass; {ADVICE}"
+        )
+    return {"difference": difference, "spread": spread}
+
+
+def _sequences_to_check(config: Any, prompts: Sequence[Tokens]) -> list[list[int]]:
+    """Return two sequences of a shared start: short, but longer than a window that cuts prompts."""
+    stock = [token for prompt in prompts for token in prompt]
+    longest = max(map(len, prompts))
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    window = min((w for w in windows if w and w < longest), default=0)
+    # Other tokens in each tail: those of the stock from two places on, round and round.
+    start = [stock[i % len(stock)] for i in range(CHECKED_START + window)]
+    first, second = (
+        [stock[(len(start) + shift + i) % len(stock)] for i in range(length)]
+        for shift, length in zip((0, len(stock) // 2), CHECKED_TAILS, strict=True)
+    )
+    if first[0] == second[0]:  # so that what is shared is the start and no more
+        second = second[::-1]
+    return [start + first, start + second]
