@@ -392,7 +392,7 @@ def test_random_state_of_one_gpu_alone_is_kept(
 ) -> None:
     """A training that began where four GPUs were visible goes on where one is."""
     kept = torch.arange(16, dtype=torch.uint8)
-    restored = []
+    restored: list[torch.Tensor] = []
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: kept)
     monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [kept] * 4)

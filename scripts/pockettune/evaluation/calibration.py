@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pockettune.common.program import logger
-from pockettune.evaluation.statistics import calibration_error, normalise
+from pockettune.evaluation.statistics import accuracy_by_coverage, calibration_error, normalise
 
 FEWEST_ROWS = 30  # of fewer a temperature would be chance
 TEMPERATURES = (0.1, 10.0)
@@ -58,20 +58,6 @@ def confidence(scores: np.ndarray, temperature: float) -> np.ndarray:
 
 
 def cover(scores: np.ndarray, true: np.ndarray, temperature: float) -> list[dict[str, Any]]:
-    """Return, for some thresholds, the share of rows as sure as that, and how many are right.
-
-    Answers below the threshold are refused; the accuracy is that of the others, None where no row
-    is left.
-    """
-    sure, right = confidence(scores, temperature), scores.argmax(axis=1) == true
-    table = []
-    for threshold in THRESHOLDS:
-        kept = sure >= threshold
-        table.append(
-            {
-                "threshold": threshold,
-                "coverage": float(kept.mean()),
-                "accuracy": float(right[kept].mean()) if kept.any() else None,
-            }
-        )
-    return table
+    """Return what is left, and how much of it is right, where less sure answers are refused."""
+    right = scores.argmax(axis=1) == true
+    return accuracy_by_coverage(confidence(scores, temperature), right, THRESHOLDS)
