@@ -11,6 +11,7 @@ from pockettune.common.errors import UserError, list_faults
 
 if TYPE_CHECKING:
     import torch
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -82,6 +83,9 @@ def _missing_files(folder: Path) -> list[str]:
         if files := sorted(path.name for path in folder.glob("*.gguf")):
             why = f" (model.path may be a GGUF file itself: {folder.name}/{files[0]})"
         missing.append(f"no *.safetensors weights{why}")
+    # transformers would apply it unasked, and train and merge another model than the base.
+    if adapter := sorted(path.name for path in folder.glob("adapter_*")):
+        missing.append(f"{', '.join(adapter)}: an adapter lies beside the base; move it elsewhere")
     return missing
 
 
@@ -130,13 +134,30 @@ def _tokenizer_faults(folder: Path) -> list[str]:
     rows = [header[EMBEDDING]["shape"][0] for header in headers if EMBEDDING in header]
     if not rows:
         return [f"the weights hold no {EMBEDDING}: not an architecture that this workflow knows"]
-    highest = max(tokenizer.get_vocab(with_added_tokens=True).values())
+    highest = max(_ids_in_use(folder, tokenizer))
     if highest >= rows[0]:
         return [
             f"the tokenizer does not fit: its ids go up to {highest}, the embedding has {rows[0]} rows;"
             " take tokenizer and weights from the same model"
         ]
     return []
+
+
+def _ids_in_use(folder: Path, tokenizer: "Tokenizer") -> list[int]:
+    """Return the vocabulary's ids, and those of added tokens that a file beside it names.
+
+    Gemma 3's text models have a token for images beyond their embedding, which nothing names.
+    """
+    used = list(tokenizer.get_vocab(with_added_tokens=False).values())
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    template = folder / "chat_template.jinja"
+    told = [str(config.get(key) or "") for key in ("bos_token", "eos_token", "pad_token", "chat_template")]  # fmt: skip
+    if template.is_file():
+        told.append(template.read_text(encoding="utf-8"))
+    for number, token in tokenizer.get_added_tokens_decoder().items():
+        if any(token.content in text for text in told):
+            used.append(number)
+    return used
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
