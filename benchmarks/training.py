@@ -77,13 +77,16 @@ def time_ours(rows: list[int], batch_size: int, recompute: bool) -> list[float]:
     hardware = loop.Hardware(device, choose_precision(train["precision"], device))
     examples = Examples(WORK / "tokens/train.arrow")
     model = add_adapter(load_base(MODEL, train, hardware), train, MODEL)
+    weights = loop.AnswerWeights(float(examples.count_answer_tokens().mean()))
     state = loop.start_training(model, train, hardware, len(rows) // batch_size)
     model.train()
     seconds = []
     for start in range(0, len(rows), batch_size):
         begun = time.perf_counter()
         batch = [examples[row] for row in rows[start : start + batch_size]]
-        loop.make_update(model, batch, state, train, hardware)  # its loss is read: synchronised
+        loop.make_update(
+            model, batch, state, train, weights, hardware
+        )  # its loss is read: synchronised
         seconds.append(time.perf_counter() - begun)
     return seconds
 

@@ -68,7 +68,9 @@ def check_file(
     return [
         stored.check_token_ids(llama, tokenizer, examples),
         stored.check_vocabulary(llama, base, model),
-        stored.check_special_tokens(llama, tokenizer, {ids[-1] for ids in answers}),
+        stored.check_special_tokens(
+            llama, tokenizer, {ids[-1] for ids in answers}, examples[0].prompt_ids
+        ),
         stored.check_chat_template(llama, tokenizer),
         stored.check_tensors(gguf, model),
     ]

@@ -43,7 +43,7 @@ def convert_model(model: Path, converter: Path, settings: Mapping[str, Any], out
     needed = sum(math.prod(shape) * (2 if len(shape) > 1 else 4) for shape in shapes.values())
     with program.staged(output, needed) as partial:
         run_converter(model, converter, settings, partial)
-        check_tensors(partial, expected=len(shapes))
+        check_tensors(partial, shapes)
     program.logger.info("%s: %d tensors, %.1f MB", output, len(shapes), output.stat().st_size / 1e6)
 
 

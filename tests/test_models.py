@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 from pockettune.common.errors import UserError
 from pockettune.models.folder import check_model_folder, embedding_shape, load_tokenizer
@@ -37,9 +38,27 @@ def shrink_embedding(folder: Path) -> None:
     save_file({**weights, name: weights[name][:100].clone()}, folder / "model.safetensors")
 
 
+def add_token(folder: Path, content: str) -> None:
+    """Cut the embedding to the tokenizer's size, then add a token, whose id lies beyond it."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    name, weights = "model.embed_tokens.weight", load_file(folder / "model.safetensors")
+    rows = weights[name][: tokenizer.get_vocab_size()].clone()
+    save_file({**weights, name: rows}, folder / "model.safetensors")
+    tokenizer.add_special_tokens([content])
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def name_a_token_beyond_as_end(folder: Path) -> None:
+    add_token(folder, "<|beyond|>")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": "<|beyond|>"}))
+
+
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
+        (lambda f: (f / "adapter_config.json").write_text("{}"), r"adapter_config\.json: an adapter lies beside"),
+        (name_a_token_beyond_as_end, r"does not fit: its ids go up to \d+, the embedding has"),
         (truncate, r"model\.safetensors is truncated: [\d,]+ of [\d,]+ bytes"),
         (replace_by_pickle, r"no \*\.safetensors weights \(pytorch_model\.bin is refused"),
         (ask_for_own_code, r"asks to run the model's own code \(auto_map\)"),
@@ -81,3 +100,9 @@ def test_model_without_chat_template_is_refused(folder: Path) -> None:
 def test_embedding_of_other_architectures(name: str, other: str) -> None:
     assert embedding_shape({other: [7, 4], name: [9, 4]}) == [9, 4]
     assert embedding_shape({other: [7, 4]}) is None
+
+
+def test_added_token_beyond_the_embedding_is_left_out(folder: Path) -> None:
+    """Gemma 3's text models have one for images, which no text holds."""
+    add_token(folder, "<image_soft_token>")
+    check_model_folder(folder)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import gguf
 import numpy as np
@@ -21,7 +22,7 @@ from pockettune.common.errors import UserError
 from pockettune.data.prompts import ExampleMaker, write_examples
 from pockettune.models.folder import load_tokenizer
 from pockettune.parity.computed import check_merge, check_stops, compare_logits
-from pockettune.parity.stored import HARD_TEXTS
+from pockettune.parity.stored import HARD_TEXTS, check_special_tokens
 from pockettune.tasks import load_task
 from test_merge import make_adapter
 
@@ -211,6 +212,19 @@ def test_end_of_turn_that_does_not_stop_is_named(honest: Case, tmp_path: Path) -
     assert "llama.cpp does not stop at 2 (<|im_end|>), with which every answer ends" in message
 
 
+def test_bos_that_prompts_lack_is_told() -> None:
+    """llama.cpp and the tokenizer agree on adding a BOS, the rendered prompt has none."""
+    bos = 1
+    llama = mock.Mock()
+    llama.special_token.return_value, llama.adds_bos.return_value = bos, True
+    other = mock.MagicMock(bos_token_id=bos, eos_token_id=bos, pad_token_id=bos)
+    other.return_value = {"input_ids": [bos, 5]}
+    for prompt, lacks in (([bos, 5], False), ([bos + 1, 5], True)):
+        result = check_special_tokens(llama, other, [], prompt)
+        assert result["passed"] and result["prompts_lack_bos"] is lacks
+        assert ("do not begin with it" in result["detail"]) is lacks
+
+
 def test_untied_embedding_is_named(honest: Case, tmp_path: Path) -> None:
     model = tmp_path / "untied"
     shutil.copytree(honest.model, model)
@@ -223,7 +237,7 @@ def test_untied_embedding_is_named(honest: Case, tmp_path: Path) -> None:
     assert "the embedding is untied" in message
     names, message = replace(honest, gguf=f16).failed(tmp_path / "out.json")
     assert names == ["tensors"]
-    assert "the file has 27 tensors, the merged model 26" in message
+    assert "the file has an output.weight of its own" in message
 
 
 def test_adapter_merged_twice_is_named(honest: Case, tmp_path: Path) -> None:

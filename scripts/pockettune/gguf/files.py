@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from pockettune.common.errors import UserError
+from pockettune.common.errors import UserError, list_faults
 
 EMBEDDING = "token_embd.weight"
-# Divisors of the rotations, which the converter works out of config.json: no weights. Llama 3's, Phi's.
+# Divisors of the rotations (Llama 3's, Phi 3's), which the converter works out of config.json: no weights.
 ROPE_FREQUENCIES = "rope_freqs.weight"
-ROPE_FACTORS = ("rope_factors_long.weight", "rope_factors_short.weight")
+ROPE = (ROPE_FREQUENCIES, "rope_factors_long.weight", "rope_factors_short.weight")
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # fmt: skip
 STRING, ARRAY = 8, 9
@@ -138,18 +138,39 @@ def read_gguf(path: Path, remedy: str = REMEDY) -> tuple[dict[str, Any], list[Te
     return metadata, tensors
 
 
-def check_tensors(path: Path, expected: int) -> None:
-    """Raise UserError where a GGUF file has not `expected` tensors.
+def check_tensors(path: Path, names: Iterable[str]) -> None:
+    """Raise UserError naming the tensors that a GGUF file has lost of a model's, or invented."""
+    if faults := tensor_faults(path, names):
+        raise UserError(f"{path.name}: {list_faults(faults)}; see the conversion's log")
 
-    One more is mostly output.weight: the embedding was untied and is stored twice.
+
+def tensor_faults(path: Path, names: Iterable[str]) -> list[str]:
+    """Compare a GGUF file's tensors with a model folder's, by the names the converter gives them.
+
+    Names that only an architecture's own converter knows are counted: as many on either side.
     """
-    found = list(list_tensors(path))
-    if len(found) != expected:
-        untied = " (it has an output.weight of its own)" if "output.weight" in found else ""
-        raise UserError(
-            f"{path.name} has {len(found)} tensors{untied}, the model has {expected}: the conversion"
-            " lost or added some; see the log"
-        )
+    metadata, _ = read_gguf(path)
+    stored, known = set(list_tensors(path)), _name_map(metadata)
+    mapped = {name: known.get_name(name, (".weight", ".bias")) for name in names}
+    lost = [name for name, new in mapped.items() if new and new not in stored]
+    unmapped = [name for name, new in mapped.items() if not new]
+    invented = sorted(stored - set(mapped.values()))
+    faults = [f"the model's {list_faults(lost, 3)} is not in the file"] if lost else []
+    if "output.weight" in invented:
+        faults.append("the file has an output.weight of its own: the embedding is untied")
+    elif len(invented) > len(unmapped):
+        faults.append(f"the file has {list_faults(invented, 3)}, the model has not")
+    elif len(invented) < len(unmapped):
+        faults.append(f"the file has nothing for some of the model's {list_faults(unmapped, 3)}")
+    return faults
+
+
+def _name_map(metadata: Mapping[str, Any]) -> Any:
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    architecture = metadata["general.architecture"]
+    kind = next(kind for kind, name in MODEL_ARCH_NAMES.items() if name == architecture)
+    return get_tensor_name_map(kind, metadata[f"{architecture}.block_count"])
 
 
 def describe_file(path: Path) -> dict[str, Any]:
@@ -191,18 +212,16 @@ def list_tensors(path: Path) -> dict[str, tuple[str, int]]:
     return {
         tensor.name: (tensor.kind_name, len(tensor.shape))
         for tensor in read_gguf(path)[1]
-        if tensor.name not in (ROPE_FREQUENCIES, *ROPE_FACTORS)
+        if tensor.name not in ROPE
     }
 
 
 def read_vectors(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
     """Return a GGUF file's vectors (biases, norms) by the names they have in the model folder."""
-    from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, get_tensor_name_map
+    from gguf import GGMLQuantizationType
 
     metadata, tensors = read_gguf(path)
-    architecture = metadata["general.architecture"]
-    kind = next(kind for kind, name in MODEL_ARCH_NAMES.items() if name == architecture)
-    known = get_tensor_name_map(kind, metadata[f"{architecture}.block_count"])
+    known = _name_map(metadata)
     stored = {
         t.name: t for t in tensors if t.kind == GGMLQuantizationType.F32 and len(t.shape) == 1
     }

@@ -12,6 +12,7 @@ from pockettune.common.errors import UserError, list_faults
 
 if TYPE_CHECKING:
     import torch
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 # The last part of the embedding's name: Llama and most, GPT-2, GPT-NeoX, BLOOM and Falcon, Nemotron-H.
@@ -94,6 +95,9 @@ def _missing_files(folder: Path) -> list[str]:
         if files := sorted(path.name for path in folder.glob("*.gguf")):
             why = f" (model.path may be a GGUF file itself: {folder.name}/{files[0]})"
         missing.append(f"no *.safetensors weights{why}")
+    # transformers would apply it unasked, and train and merge another model than the base.
+    if adapter := sorted(path.name for path in folder.glob("adapter_*")):
+        missing.append(f"{', '.join(adapter)}: an adapter lies beside the base; move it elsewhere")
     return missing
 
 
@@ -144,7 +148,7 @@ def _tokenizer_faults(folder: Path) -> list[str]:
             f"the weights hold no embedding (a matrix named {', '.join(EMBEDDINGS)}):"
             " not an architecture that this workflow knows"
         ]
-    highest = max(tokenizer.get_vocab(with_added_tokens=True).values())
+    highest = max(_ids_in_use(folder, tokenizer))
     if highest >= shape[0]:
         return [
             f"the tokenizer does not fit: its ids go up to {highest}, the embedding has {shape[0]} rows;"
@@ -158,6 +162,23 @@ def context_length(folder: Path) -> int | None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     text = config.get("text_config", config)  # apart where the model also sees, as Gemma 3 4B
     return text.get("max_position_embeddings") or text.get("n_positions")  # GPT-2's name for it
+
+
+def _ids_in_use(folder: Path, tokenizer: "Tokenizer") -> list[int]:
+    """Return the vocabulary's ids, and those of added tokens that a file beside it names.
+
+    Gemma 3's text models have a token for images beyond their embedding, which nothing names.
+    """
+    used = list(tokenizer.get_vocab(with_added_tokens=False).values())
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    template = folder / "chat_template.jinja"
+    told = [str(config.get(key) or "") for key in ("bos_token", "eos_token", "pad_token", "chat_template")]  # fmt: skip
+    if template.is_file():
+        told.append(template.read_text(encoding="utf-8"))
+    for number, token in tokenizer.get_added_tokens_decoder().items():
+        if any(token.content in text for text in told):
+            used.append(number)
+    return used
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

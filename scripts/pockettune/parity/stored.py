@@ -16,7 +16,7 @@ from safetensors import safe_open
 from pockettune.common.errors import list_faults
 from pockettune.data.chat import render_chat
 from pockettune.data.prompts import Example, encode, take_evenly
-from pockettune.gguf.files import list_tensors, read_vectors
+from pockettune.gguf.files import list_tensors, read_vectors, tensor_faults
 from pockettune.models.folder import embedding_shape, read_header, weight_files
 from pockettune.runtimes.llama import LlamaModel
 
@@ -167,7 +167,10 @@ def embedding_rows(folder: Path) -> int:
 
 
 def check_special_tokens(
-    llama: LlamaModel, tokenizer: "PreTrainedTokenizerBase", ends: Iterable[int]
+    llama: LlamaModel,
+    tokenizer: "PreTrainedTokenizerBase",
+    ends: Iterable[int],
+    prompt: Sequence[int] = (),
 ) -> Result:
     """Compare BOS, EOS and pad with the tokenizer's, and ask whether llama.cpp stops at `ends`."""
     found = {name: llama.special_token(name) for name in ("bos", "eos", "eot", "pad")}
@@ -193,8 +196,12 @@ def check_special_tokens(
         if not llama.stops_at(token)
     ]
     detail = f"EOS {found['eos']}, at which llama.cpp stops; BOS {'' if adds_bos else 'not '}added"
+    # Trained and scored without a BOS, with which chat programs then serve the file.
+    lacks_bos = bool(adds_bos and prompt and prompt[0] != expected["bos"])
+    if lacks_bos:
+        detail += "; WARNING: the prompts of this run do not begin with it"
     return make_result("special_tokens", faults, detail, gguf=found, tokenizer=expected,
-                       adds_bos=adds_bos)  # fmt: skip
+                       adds_bos=adds_bos, prompts_lack_bos=lacks_bos)  # fmt: skip
 
 
 def check_chat_template(llama: LlamaModel, tokenizer: "PreTrainedTokenizerBase") -> Result:
@@ -242,15 +249,13 @@ def render(
 
 
 def check_tensors(gguf: Path, model: Path) -> Result:
-    """Compare the number of tensors; a tied embedding stays tied; every matrix is stored as F16."""
+    """Compare tensors by name; a tied embedding stays tied; every matrix is stored as F16."""
     stored, shapes = list_tensors(gguf), tensor_shapes(model)
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     tied = bool(config.get("tie_word_embeddings"))
-    faults = []
-    if tied and "output.weight" in stored:
-        faults.append("the file has an output.weight of its own, config.json ties it to the embedding: the embedding is untied")  # fmt: skip
-    if len(stored) != len(shapes):
-        faults.append(f"the file has {len(stored)} tensors, the merged model {len(shapes)}")
+    # A tied head that is stored all the same is the embedding again.
+    names = [name for name in shapes if not (tied and name == "lm_head.weight")]
+    faults = tensor_faults(gguf, names)
     other = [
         f"{n} is {kind}"
         for n, (kind, axes) in stored.items()
