@@ -52,7 +52,8 @@ def workflow_steps(folder: Path, base: Path, settings: dict[str, Any]) -> dict[s
     common = ("--settings", told, "--threads", 1)
     return {
         "tokenize": step("tokenize_dataset", "--settings", told, "--model", base, *splits, "--output", tokens),
-        "check_base": [],
+        "check_base": step("check_base", *common, "--base", base, "--tokens", tokens, "--converter", CONVERTER,
+                           "--output", folder / "base_check.json"),
         "train": step("train_adapter", *common, "--base", base, "--tokens", tokens, "--output", adapter),
         "merge": step("merge_adapter", "--base", base, "--adapter", adapter, "--output", merged),
         "convert": step("convert_model", "--settings", told, "--model", merged, "--converter", CONVERTER, "--output", f16),
@@ -62,16 +63,6 @@ def workflow_steps(folder: Path, base: Path, settings: dict[str, Any]) -> dict[s
         "evaluate": step("evaluate_gguf", *common, "--model", q4, "--tokens", tokens,
                          "--metrics", folder / "q4.json", "--predictions", folder / "q4.parquet"),
     }  # fmt: skip
-
-
-def check_base(base: Path, tokens: Path) -> None:
-    """What is looked at before anything is trained: the folder, and packed sequences."""
-    from pockettune.data.prompts import Examples
-    from pockettune.models.folder import check_model_folder
-    from pockettune.runtimes.packing import check_packing
-
-    check_model_folder(base)
-    check_packing(base, [e.prompt_ids for e in Examples(tokens / "test.arrow")])
 
 
 def run_program(command: list[object]) -> None:
@@ -123,7 +114,6 @@ def try_architecture(architecture: Architecture, texts: list[str]) -> dict[str, 
         }
         for title, command in workflow_steps(folder, base, run_settings()).items():
             steps[title] = partial(run_program, command)
-        steps["check_base"] = lambda: check_base(base, folder / "tokens")
         for title, work in steps.items():
             if line := in_a_process(work, folder / "output"):
                 # Without what is another in every run: the folder, the name of an unfinished file.

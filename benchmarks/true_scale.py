@@ -47,6 +47,7 @@ def commands(threads: int) -> dict[str, list[object]]:
 
     return {
         **data_steps(MODEL, text),
+        "check_base": step("check_base", "--settings", text, "--base", MODEL, "--tokens", WORK / "tokens", "--converter", CONVERTER, "--threads", threads, "--output", WORK / "base_check.json"),
         "train": step("train_adapter", "--settings", text, "--base", MODEL, "--tokens", WORK / "tokens", "--threads", threads, "--scratch", WORK / "scratch", "--output", WORK / "adapter"),
         "merge": step("merge_adapter", "--base", MODEL, "--adapter", WORK / "adapter", "--output", WORK / "merged"),
         "convert": step("convert_model", "--model", WORK / "merged", "--converter", CONVERTER, "--settings", text, "--output", WORK / "f16.gguf"),

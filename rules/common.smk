@@ -109,6 +109,13 @@ def report_settings(wildcards):
     return json.dumps(chosen, sort_keys=True, ensure_ascii=False)
 
 
+def adapter_shape(wildcards):
+    """Return what of the adapter decides whether it can be merged and converted."""
+    names = ("adapter", "variant", "rank", "alpha", "dropout", "target_modules")
+    shape = {name: config["train"][name] for name in names if name in config["train"]}
+    return json.dumps({"train": shape}, sort_keys=True)
+
+
 def variant_settings(wildcards):
     """Return one variant's recipe as canonical JSON."""
     return json.dumps(config["quantize"][wildcards.variant], sort_keys=True)
@@ -216,6 +223,7 @@ def dataset_files():
 JOBS = [
     "fetch_dataset",
     "tokenize",
+    "check_base",
     "import_adapter" if OWN_ADAPTER else "train",
     "merge",
     "convert",

@@ -1,12 +1,40 @@
 # The adapter, and the model it makes of the base.
 
 
+# Before the hours: whether this model can go the whole way. Its numbers decide nothing (ancient).
+rule check_base:
+    input:
+        **program("check_base"),
+        base=BASE_MODEL,
+        tokens="<results>/tokens",
+        converter=CONVERTER,
+    output:
+        check="<results>/base_check.json",
+    log:
+        "<results>/logs/check_base.log",
+    benchmark:
+        "<results>/benchmarks/check_base.tsv"
+    conda:
+        "../envs/llama_cpp.yaml"
+    threads: 4
+    resources:
+        mem_mb=memory(8000),
+        runtime="30m",
+    params:
+        settings=adapter_shape,
+    shell:
+        command(
+            "params.settings input.base input.tokens input.converter threads output=output.check"
+        )
+
+
 if OWN_ADAPTER:
 
     rule import_adapter:
         input:
             **program("import_adapter"),
             base=BASE_MODEL,
+            check=ancient("<results>/base_check.json"),
             files=adapter_files(),
         output:
             adapter=directory("<results>/adapter"),
@@ -27,6 +55,7 @@ else:
         input:
             **program("train_adapter"),
             base=BASE_MODEL,
+            check=ancient("<results>/base_check.json"),
             tokens="<results>/tokens",
         output:
             adapter=directory("<results>/adapter"),

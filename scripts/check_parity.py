@@ -8,18 +8,20 @@ Output  parity.json: {"passed", "checks": [{"name", "passed", "detail", its numb
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from pockettune.common import program
 from pockettune.common.errors import UserError
-from pockettune.data.prompts import Examples, take_evenly
+from pockettune.data.prompts import Example, Examples, take_evenly
 from pockettune.models.folder import load_tokenizer
 from pockettune.parity import computed, stored
 from pockettune.parity.stored import Result
 from pockettune.runtimes.llama import LlamaModel
 
+PROMPTS_TOKENIZED = 5_000  # all of them where there are no more
 PROMPTS_COMPUTED = 32
 PROMPTS_ANSWERED = 4
 ROOM_TO_STOP = 8  # tokens beyond the longest answer
@@ -36,7 +38,21 @@ def check_parity(
 ) -> None:
     """Run every check; write `output` where all pass, else name all that failed in one error."""
     torch.set_num_threads(threads)
-    examples = Examples(tokens / "test.arrow")
+    examples = take_evenly(Examples(tokens / "test.arrow"), PROMPTS_TOKENIZED)
+    results = run_checks(base, adapter, model, gguf, examples, tokens, threads)
+    program.write_json(output, {"passed": True, "checks": results})
+
+
+def run_checks(
+    base: Path,
+    adapter: Path,
+    model: Path,
+    gguf: Path,
+    examples: Sequence[Example],
+    tokens: Path,
+    threads: int,
+) -> list[Result]:
+    """Return the results of every check; all that failed are named in one UserError."""
     answers = program.read_json(tokens / "answers.json")["ids"]
     with LlamaModel(gguf, threads) as llama:
         results = [
@@ -52,7 +68,7 @@ def check_parity(
             f"{gguf} is not the merged model {model}: {len(failed)} of {len(results)} checks"
             f" failed: {told}"
         )
-    program.write_json(output, {"passed": True, "checks": results})
+    return results
 
 
 def check_file(
@@ -60,7 +76,7 @@ def check_file(
     base: Path,
     model: Path,
     gguf: Path,
-    examples: Examples,
+    examples: Sequence[Example],
     answers: list[list[int]],
 ) -> list[Result]:
     """Run the checks for which nothing is computed."""
@@ -81,7 +97,7 @@ def check_computed(
     base: Path,
     adapter: Path,
     model: Path,
-    examples: Examples,
+    examples: Sequence[Example],
     answers: list[list[int]],
 ) -> list[Result]:
     """Run the checks that compare what the models compute, one PyTorch model at a time."""
