@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -232,6 +233,8 @@ JOBS = [
     *[f"evaluate_{stage}" for stage in STAGES],
 ]
 STARTED = time.time()
+# Programs that use a GPU take turns on this machine's (profiles/default); where there is none, none waits.
+GPU_TURN = 1 if shutil.which("nvidia-smi") else 0
 
 
 def prepare_cluster():

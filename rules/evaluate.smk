@@ -51,6 +51,7 @@ rule evaluate_base:
         "../envs/train.yaml"
     threads: 4
     resources:
+        gpu_turn=GPU_TURN,
         mem_mb=memory(8000),
         runtime="2h",
     params:

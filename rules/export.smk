@@ -5,6 +5,7 @@ rule convert:
     input:
         **program("convert_model"),
         model="<results>/merged",
+        adapter="<results>/adapter",
         converter=CONVERTER,
     output:
         gguf="<results>/f16.gguf",
@@ -20,7 +21,9 @@ rule convert:
     params:
         settings=settings("model", "dataset", "task", "card"),
     shell:
-        command("input.model input.converter params.settings output=output.gguf")
+        command(
+            "input.model input.adapter input.converter params.settings output=output.gguf"
+        )
 
 
 # The gate: no file is quantized of an F16 that is not the merged model.

@@ -68,6 +68,7 @@ else:
         threads: 4
         resources:
             gpu=1,
+            gpu_turn=GPU_TURN,
             mem_mb=memory(16000),
             runtime="4h",
         params:

@@ -1,7 +1,8 @@
 """Convert the merged model to a GGUF file with 16-bit weights, with llama.cpp's own converter.
 
 The file explains itself: base model, dataset, licence and languages stand in its general.* metadata,
-the task's prompt and labels in pockettune.*; quantizing carries them on.
+the task's prompt and labels in pockettune.*, with the temperature by which log probabilities are to be
+divided, where training found one; quantizing carries them on.
 
 Input   a model folder; the folder that fetch_converter.py made
 Output  f16.gguf
@@ -36,18 +37,30 @@ PRE_TOKENIZERS = {
 }
 
 
-def convert_model(model: Path, converter: Path, settings: Mapping[str, Any], output: Path) -> None:
+def convert_model(
+    model: Path,
+    converter: Path,
+    settings: Mapping[str, Any],
+    output: Path,
+    temperature: float | None = None,
+) -> None:
     """Write `model` as an F16 GGUF file and read it back."""
     shapes = tensor_shapes(model)
     # Vectors are stored as F32. The vocabulary comes on top: 6 MB of Qwen2.5's.
     needed = sum(math.prod(shape) * (2 if len(shape) > 1 else 4) for shape in shapes.values())
     with program.staged(output, needed) as partial:
-        run_converter(model, converter, settings, partial)
+        run_converter(model, converter, settings, partial, temperature)
         check_tensors(partial, shapes)
     program.logger.info("%s: %d tensors, %.1f MB", output, len(shapes), output.stat().st_size / 1e6)
 
 
-def run_converter(model: Path, converter: Path, settings: Mapping[str, Any], output: Path) -> None:
+def run_converter(
+    model: Path,
+    converter: Path,
+    settings: Mapping[str, Any],
+    output: Path,
+    temperature: float | None,
+) -> None:
     """Run convert_hf_to_gguf.py in this process, teaching it tokenizers of one's own."""
     sys.path[:0] = [str(converter), str(converter / "gguf-py")]
     import conversion.base  # type: ignore[import-not-found]
@@ -60,7 +73,9 @@ def run_converter(model: Path, converter: Path, settings: Mapping[str, Any], out
     with (
         mock.patch.object(gguf.Metadata, "load", lambda *_, **__: lineage(settings)),
         mock.patch.object(
-            gguf.Metadata, "set_gguf_meta_model", with_task(gguf.Metadata, settings["task"])
+            gguf.Metadata,
+            "set_gguf_meta_model",
+            with_task(gguf.Metadata, settings["task"], temperature),
         ),
         mock.patch.object(text_model, "get_vocab_base_pre", recognise),
         mock.patch.object(sys, "argv", arguments),
@@ -117,7 +132,9 @@ def lineage(settings: Mapping[str, Any]) -> Any:
     )
 
 
-def with_task(metadata: Any, task: Mapping[str, Any]) -> Callable[..., None]:
+def with_task(
+    metadata: Any, task: Mapping[str, Any], temperature: float | None
+) -> Callable[..., None]:
     """Return the converter's writing of metadata, which then writes the task's keys too."""
     write = metadata.set_gguf_meta_model
 
@@ -130,6 +147,8 @@ def with_task(metadata: Any, task: Mapping[str, Any]) -> Callable[..., None]:
         writer.add_string("pockettune.task.day", day_options(DAY)["date_string"])
         for key, values in (("values", list(task["labels"])), ("labels", list(task["labels"].values()))):  # fmt: skip
             writer.add_array(f"pockettune.task.{key}", values)
+        if temperature is not None:
+            writer.add_float32("pockettune.temperature", temperature)
 
     return write_all
 
@@ -163,9 +182,16 @@ def split_pattern(tokenizer: Path) -> str | None:
     return None
 
 
+def read_temperature(adapter: Path | None) -> float | None:
+    """Return the temperature that training fitted on validation, if it did."""
+    fitted = program.read_json(adapter / "training.json").get("temperature") if adapter else None
+    return float(fitted["value"]) if fitted else None
+
+
 def main() -> None:
     parser = program.argument_parser(__doc__)
     parser.add_argument("--model", type=Path, required=True, help="merged model's folder")
+    parser.add_argument("--adapter", type=Path, help="its adapter, whose temperature is noted")
     parser.add_argument("--converter", type=Path, required=True, help="folder of the converter")
     parser.add_argument(
         "--settings", type=json.loads, required=True, help="sections model, dataset, task, card"
@@ -173,7 +199,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="GGUF file to write")
 
     def work(a: argparse.Namespace) -> None:
-        convert_model(a.model, a.converter, a.settings, a.output)
+        convert_model(a.model, a.converter, a.settings, a.output, read_temperature(a.adapter))
 
     program.run(parser, work)
 

@@ -16,7 +16,10 @@ from pockettune.data.prompts import Example
 from pockettune.evaluation import stages
 from pockettune.evaluation.metrics import provenance
 from pockettune.models.folder import load_model, weight_files
+from pockettune.runtimes.memory import memory_hint
 from pockettune.runtimes.packing import ATTENTION, next_token_logits
+
+LESS_MEMORY = "run it where nothing else takes the memory, or on the CPU: CUDA_VISIBLE_DEVICES=-1"
 
 
 @contextmanager
@@ -24,6 +27,12 @@ def open_model(
     arguments: argparse.Namespace, examples: Sequence[Example]
 ) -> Iterator[stages.Runtime]:
     """Load the model in fp32, which holds what is stored in 16 bits exactly."""
+    with memory_hint(LESS_MEMORY):
+        yield load_runtime(arguments, examples)
+
+
+def load_runtime(arguments: argparse.Namespace, examples: Sequence[Example]) -> stages.Runtime:
+    """Return the model, on a GPU where there is one."""
     torch.set_num_threads(arguments.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(arguments.model, attention=ATTENTION, dtype=torch.float32)
@@ -40,7 +49,7 @@ def open_model(
         "provenance": provenance("torch", "transformers"),
     }
     prompts = [example.prompt_ids for example in examples]
-    yield stages.Runtime(partial(next_token_logits, model), prompts, vocabulary_size, facts)
+    return stages.Runtime(partial(next_token_logits, model), prompts, vocabulary_size, facts)
 
 
 if __name__ == "__main__":

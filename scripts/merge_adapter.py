@@ -16,10 +16,12 @@ import torch
 from pockettune.common import program
 from pockettune.common.errors import UserError
 from pockettune.models.folder import copy_tokenizer, embedding_shape, load_model, tensor_shapes
+from pockettune.runtimes.memory import memory_hint
 
 # What transformers leaves out of the config.json it saves and llama.cpp's converter asks for.
 CARRIED = ("n_ctx", "rotary_pct")  # GPT-2; GPT-NeoX, Cohere 2
 
+LESS_MEMORY = "merging takes six bytes a parameter: run it where more is free"
 FP16_MAX = torch.finfo(torch.float16).max
 
 
@@ -28,7 +30,7 @@ def merge_adapter(base: Path, adapter: Path, output: Path) -> None:
     from peft import PeftModel  # here, so that what it says at import goes into the log
 
     needed = 2 * sum(map(math.prod, tensor_shapes(base).values()))  # the tokenizer comes on top
-    with program.staged(output, needed) as partial:
+    with program.staged(output, needed) as partial, memory_hint(LESS_MEMORY):
         model = load_model(base, dtype=torch.float32)
         try:
             merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)

@@ -20,7 +20,12 @@ from pockettune.common.errors import UserError
 from pockettune.data.chat import describe_serving, thinking_hint
 from pockettune.data.prompts import Example, ExampleMaker, render_prompt, write_examples
 from pockettune.data.records import count_records, read_records
-from pockettune.models.folder import context_length, load_tokenizer
+from pockettune.models.folder import (
+    context_length,
+    embedding_shape,
+    load_tokenizer,
+    tensor_shapes,
+)
 from pockettune.tasks import Task, load_task
 
 
@@ -37,6 +42,8 @@ def tokenize_dataset(
         )
     tokenizer = load_tokenizer(model)
     maker = ExampleMaker(tokenizer, task, max_length)
+    shape = embedding_shape(tensor_shapes(model))
+    rows = shape[0] if shape else None
     chat = describe_chat(tokenizer, task)
     statistics = {}
     with program.staged(output) as partial:
@@ -46,7 +53,8 @@ def tokenize_dataset(
                 read_records(path), description=split, unit="rows", total=count_records(path)
             )
             counts = Statistics()
-            write_examples(partial / f"{split}.arrow", counts.watch(maker.make(records)))
+            examples = refuse_beyond(maker.make(records), rows)
+            write_examples(partial / f"{split}.arrow", counts.watch(examples))
             statistics[split] = counts.describe()
             program.logger.info("%s: %s", split, statistics[split])
         answers = {
@@ -57,6 +65,17 @@ def tokenize_dataset(
         program.write_json(partial / "answers.json", answers)
         program.write_json(partial / "chat.json", chat)
         program.write_json(partial / "statistics.json", statistics)
+
+
+def refuse_beyond(examples: Iterable[Example], rows: int | None) -> Iterator[Example]:
+    """Yield the examples; UserError at a token beyond the embedding, as Gemma 3's for images."""
+    for example in examples:
+        if rows and max(example.prompt_ids) >= rows:
+            raise UserError(
+                f"record {example.id} holds token {max(example.prompt_ids)}, the model's embedding has"
+                f" {rows} rows: take the control token out of its text, or out of task.prompt"
+            )
+        yield example
 
 
 def describe_chat(tokenizer: Any, task: Task) -> dict[str, Any]:

@@ -496,7 +496,7 @@ def test_shape_of_folder_file_and_config_agree(tiny_model: Path, f16: Path) -> N
 
 
 MEASURED = {
-    "tokenize": "tokenize", "train": "train", "merge": "merge", "convert": "convert", "check_parity": "check_parity",
+    "tokenize": "tokenize", "check_base": "check_base", "train": "train", "merge": "merge", "convert": "convert", "check_parity": "check_parity",
     "evaluate (PyTorch)": "evaluate_merged", "evaluate (llama.cpp)": "evaluate_f16",
 }  # fmt: skip
 

@@ -24,7 +24,13 @@ ONE_VARIANT = {"quantize": 1, "measure_speed": 1, "evaluate_variant": 1, **AFTER
 FROM_CONVERT = {"convert": 1, "check_parity": 1, "quantize": 2, "measure_speed": 3, **COMPARED_WITH_F16, **AFTER_EVALUATION}  # fmt: skip
 FROM_MERGE = {"merge": 1, **FROM_CONVERT}
 FROM_TRAIN = {"train": 1, **FROM_MERGE}
-FROM_TOKENIZE = {"tokenize": 1, "evaluate_base": 1, "evaluate_tfidf": 1, **FROM_TRAIN}
+FROM_TOKENIZE = {
+    "tokenize": 1,
+    "check_base": 1,
+    "evaluate_base": 1,
+    "evaluate_tfidf": 1,
+    **FROM_TRAIN,
+}
 FROM_DATASET = {"fetch_dataset": 1, **FROM_TOKENIZE}
 
 
@@ -262,16 +268,16 @@ REBUILDS: dict[str, tuple[Callable[[Path], object], dict[str, int]]] = {
     "one variant's recipe": (edit_run("quantize", q8_0={"type": "Q6_K"}), ONE_VARIANT),
     "card.license": (edit_run("card", license="cc-by-4.0"), FROM_CONVERT),
     "train.learning_rate": (edit_run("train", learning_rate=1e-3), FROM_TRAIN),
-    "train.adapter": (bring_adapter, {"import_adapter": 1, **FROM_MERGE}),
-    "two values of train swapped": (edit_config(swap_rank_and_alpha), FROM_TRAIN),
+    "train.adapter": (bring_adapter, {"check_base": 1, "import_adapter": 1, **FROM_MERGE}),
+    "two values of train swapped": (edit_config(swap_rank_and_alpha), {"check_base": 1, **FROM_TRAIN}),
     "tokenize.max_length": (edit_run("tokenize", max_length=64), FROM_TOKENIZE),
     "task.prompt": (edit_run("task", prompt="{text}"), FROM_TOKENIZE),
     "task.template_options": (edit_run("task", template_options={"a": True}), FROM_TOKENIZE),
     "dataset.label_column": (edit_run("dataset", label_column="x"), FROM_DATASET),
     "a row of the dataset": (append("data/test.csv", "很好,1\n"), FROM_DATASET),
-    "a line of merge_adapter.py": (append("scripts/merge_adapter.py", "# x\n"), FROM_MERGE),
+    "a line of merge_adapter.py": (append("scripts/merge_adapter.py", "# x\n"), {"check_base": 1, **FROM_MERGE}),
     "a line of write_report.py": (append("scripts/write_report.py", "# x\n"), {"report": 1, "all": 1}),
-    "a line of a module, gguf/files.py": (append("scripts/pockettune/gguf/files.py", "# x\n"), FROM_CONVERT),
+    "a line of a module, gguf/files.py": (append("scripts/pockettune/gguf/files.py", "# x\n"), {"check_base": 1, **FROM_CONVERT}),
     "a line of a module's module, classification.py":
         (append("scripts/pockettune/tasks/classification.py", "# x\n"), FROM_DATASET),
 }  # fmt: skip

@@ -122,6 +122,7 @@ def memory_items(
     """Return the peak memory of each program that takes much; on a GPU of its host's side."""
     names: tuple[str, ...] = (
         "tokenize",
+        "check_base",
         "train",
         "merge",
         "convert",
@@ -143,6 +144,7 @@ def _memory_sizes(
     f16 = tensor_bytes(shape, None)
     largest = max((tensor.elements for tensor in shape.tensors), default=0)
     yield "tokenize", TABLES + 700 * shape.vocabulary
+    yield "check_base", TORCH + exact + stored
     if not settings["train"]["adapter"]:
         loading = BYTES[precision] * shape.parameters + stored  # the file mapped beside its copy
         kernels = KERNELS if precision == "bf16" else 0
