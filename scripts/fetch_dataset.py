@@ -39,6 +39,7 @@ def fetch_dataset(
     else:
         tables = read_repository(dataset, columns, downloads)
     tables = drop_unlabelled(tables, dataset, task_settings["labels"])
+    task.settle(list(tables.values()))
     records = {split: read_rows(table, split, task) for split, table in tables.items()}
     mark_seen(records, task)
     audit = audit_splits(records, task)
@@ -94,7 +95,7 @@ def drop_unlabelled(
     Public test sets hide their labels: the cell is empty, or -1 where no label is called so. Raises
     UserError where dataset.unlabelled is refuse, unless every row has one.
     """
-    missing = {"", "-1"} - {*labels, *labels.values()}
+    missing = {"", "-1"} - {as_key(label) for label in (*labels, *labels.values())}
     kept, counts = {}, []
     for split, table in tables.items():
         unlabelled = table[dataset["label_column"]].map(as_key).isin(missing)

@@ -119,6 +119,77 @@ def test_bad_file_is_told_in_one_line(
     assert not output.exists()
 
 
+def labelled(labels: dict[str, str], values: list[Any], folder: Path) -> list[str]:
+    """Return how the label cells `values` are read with task.labels `labels`."""
+    path = folder / "a.jsonl"
+    rows = [{"text": f"t{i}", "label": value} for i, value in enumerate(values)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = settings(train=path, validation=path, test=path)
+    fetch_dataset(files, {**TASK, "labels": labels}, folder, folder)
+    return [record["label"] for record in read_records(folder / "train.jsonl")]
+
+
+STARS = {str(i): str(i + 1) for i in range(5)}
+
+
+@pytest.mark.parametrize(
+    ("labels", "values", "read"),
+    [
+        (STARS, [0, 1, 2, 3, 4], ["1", "2", "3", "4", "5"]),
+        (STARS, [1, 2, 3, 4, 5], ["1", "2", "3", "4", "5"]),  # 5 is no value: these are words
+        ({"1": "1", "2": "2"}, [1, 2], ["1", "2"]),
+        (TASK["labels"], ["正面", "负面"], ["正面", "负面"]),
+        (TASK["labels"], ["1.0", "0", 1.0, 1], ["正面", "负面", "正面", "正面"]),
+        ({"1.0": "好", "0.0": "差"}, [1, "0"], ["好", "差"]),
+        ({"True": "好", "False": "差"}, [True, False], ["好", "差"]),
+    ],
+)
+def test_a_label_column_is_read_in_one_way(
+    labels: dict[str, str], values: list[Any], read: list[str], tmp_path: Path
+) -> None:
+    assert labelled(labels, values, tmp_path) == read
+
+
+@pytest.mark.parametrize(
+    ("labels", "values", "message"),
+    [
+        (
+            STARS,
+            [1, 2, 3, 4],
+            "column label holds 1, 2, 3, 4, each a value of task.labels and the word of another",
+        ),
+        (STARS, [0, 1, 5], "column label holds values of task.labels (0) and words of it (5)"),
+        (TASK["labels"], [0, "正面", 1], "values of task.labels (0, 1) and words of it (正面)"),
+        (TASK["labels"], [[0], "1"], "row 1: label '[0]' is not one of"),
+        ({"1": "a", "1.0": "b"}, [1, 1], "task.labels: 1 and 1.0 are read as one"),
+    ],
+)
+def test_a_label_column_of_two_readings_is_refused(
+    labels: dict[str, str], values: list[Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError) as caught:
+        labelled(labels, values, tmp_path)
+    assert message in str(caught.value)
+    assert not (tmp_path / "audit.json").exists()
+
+
+def test_missing_labels_of_a_parquet_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    column = pd.array([1, None, 0], dtype="Int64")
+    pd.DataFrame({"text": ["a", "b", "c"], "label": column}).to_parquet(path)
+    with pytest.raises(UserError, match="train 1 of 3, the first is row 2"):
+        fetch_dataset(settings(train=path, validation=path, test=path), TASK, tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("value", [12, 3.5, True, ["x"]])
+def test_a_text_that_is_none_is_told_as_it_is(value: Any, tmp_path: Path) -> None:
+    rows = [{"text": value, "label": 0}, {"text": "x", "label": 1}]
+    content = "".join(json.dumps(row) + "\n" for row in rows)
+    path = write(tmp_path, "a.jsonl", content)
+    with pytest.raises(UserError, match=r"row 1: text is .*, not text"):
+        fetch_dataset(settings(train=path, validation=path, test=path), TASK, tmp_path, tmp_path)
+
+
 @pytest.mark.skipif(not CHNSENTICORP.is_dir(), reason="the ChnSentiCorp files are not here")
 def test_chnsenticorp_leaks_a_quarter_of_its_test_rows(tmp_path: Path) -> None:
     files = {n: CHNSENTICORP / f"{f}.tsv" for n, f in [("train", "train"), ("validation", "dev"), ("test", "test")]}  # fmt: skip
