@@ -35,7 +35,8 @@ def fetch_dataset(
     columns = [dataset["text_column"], dataset["label_column"]]
     before = file_states(dataset["files"])
     if dataset["files"]:
-        tables = read_files(dataset["files"], dataset["split"], columns)
+        labels = [*task_settings["labels"], *task_settings["labels"].values()]
+        tables = read_files(dataset["files"], dataset["split"], columns, labels)
     else:
         tables = read_repository(dataset, columns, downloads)
     tables = drop_unlabelled(tables, dataset, task_settings["labels"])
@@ -54,6 +55,12 @@ def fetch_dataset(
     for split, facts in audit["splits"].items():
         seen = f", {facts['seen_in_train']} of them stand in train" if split != "train" else ""
         program.logger.info("%s: %d rows%s", split, facts["rows"], seen)
+        if broken := facts["texts_with_line_breaks"]:
+            program.logger.warning(
+                "%s: %d texts hold line breaks; in a csv, see that no quote is left open",
+                split,
+                broken,
+            )
         if len(facts["answers"]) == 1:  # as the first rows of a dataset that is sorted by label
             answer = next(iter(facts["answers"]))
             program.logger.warning("%s: every row is answered %s; take other rows", split, answer)
@@ -70,12 +77,12 @@ def file_states(files: Mapping[str, str] | None) -> dict[str, tuple[int, ...]]:
 
 
 def read_files(
-    files: Mapping[str, str], split: Mapping[str, Any], columns: list[str]
+    files: Mapping[str, str], split: Mapping[str, Any], columns: list[str], labels: list[str]
 ) -> dict[str, pd.DataFrame]:
     """Read a file a split, or cut one file into three after shuffling its rows."""
     if "all" not in files:
-        return {name: read_table(Path(files[name]), columns) for name in SPLITS}
-    table = read_table(Path(files["all"]), columns)
+        return {name: read_table(Path(files[name]), columns, labels) for name in SPLITS}
+    table = read_table(Path(files["all"]), columns, labels)
     order = np.random.default_rng(split["seed"]).permutation(len(table))
     cuts = np.cumsum([round(len(table) * split[name]) for name in ("test", "validation")])
     test, validation, train = np.split(order, cuts)
@@ -160,6 +167,7 @@ def audit_splits(records: dict[str, list[Record]], task: Task) -> dict[str, Any]
                 "p95": int(np.percentile(lengths, 95)),
                 "max": int(lengths.max()),
             },
+            "texts_with_line_breaks": sum("\n" in text for text in texts),
             "duplicates": len(texts) - len(set(texts)),
         }
         if split != "train":

@@ -56,6 +56,29 @@ def test_a_quote_in_a_tsv_is_text(tmp_path: Path) -> None:
     assert read_table(path, ["text", "label"])["text"].tolist() == ['"没有关上', "下一行"]
 
 
+@pytest.mark.parametrize("rows", ["好,1,\n差,0,\n", "好,1,\n差,0\n"])
+def test_a_comma_at_the_end_of_rows_is_no_cell(rows: str, tmp_path: Path) -> None:
+    table = read_table(write(tmp_path, "a.csv", f"text,label\n{rows}"), ["text", "label"])
+    assert table.to_dict("list") == {"text": ["好", "差"], "label": ["1", "0"]}
+
+
+def test_rows_of_a_parquet_with_an_index_of_its_own_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pd.DataFrame({"text": ["a", "b"], "label": [1, 0]}, index=["x", "y"]).to_parquet(path)
+    fetch_dataset(settings(train=path, validation=path, test=path), TASK, tmp_path, tmp_path)
+    assert [r["id"] for r in read_records(tmp_path / "test.jsonl")] == ["test-1", "test-2"]
+
+
+def test_texts_of_several_lines_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(tmp_path, "a.csv", 'text,label\n"1,好\n2,不错",1\n差,0\n')
+    fetch_dataset(settings(train=path, validation=path, test=path), TASK, tmp_path, tmp_path)
+    audit = json.loads((tmp_path / "audit.json").read_text())
+    assert audit["splits"]["train"]["texts_with_line_breaks"] == 1
+    assert "train: 1 texts hold line breaks" in caplog.text
+
+
 def test_one_file_is_cut_into_disjoint_splits_with_stable_ids(tmp_path: Path) -> None:
     path = write(
         tmp_path, "all.csv", "text,label\n" + "".join(f"t{i},{i % 2}\n" for i in range(100))
@@ -100,6 +123,22 @@ def test_audit_counts_what_a_score_hides(tmp_path: Path) -> None:
         ),
         ("a.csv", b"text,label\n ,1\n", "row 1: text is empty"),
         ("a.csv", b"text,label\nx,1,2,3\ny,1,2,3,4\n", "cannot be read as csv"),
+        ("a.csv", b"text,label\nx,1,5\ny,0,6\n", "rows have 3 cells, its header 2"),
+        (
+            "a.csv",
+            'text,label\n"好店,1\n差店,0\n不错",1\n中,0\n'.encode(),
+            "row 1: text has ,1 at the end of a line",
+        ),
+        (
+            "a.csv",
+            b'label,text\n1,"a\n0,b\n1,c"\n0,d\n',
+            "row 1: text has 0, at the start of a line",
+        ),
+        (
+            "a.csv",
+            b'id,label,text\n7,1,"a\n8,0,b"\n9,0,d\n',
+            "row 1: text has 8,0, at the start of a line",
+        ),
         ("a.jsonl", b'{"text": "x", "label": 1}\n{oops\n', "line 2 is not JSON"),
         ("a.jsonl", b'["x", 1]\n', "line 1 is not a JSON object"),
         ("a.parquet", b"PAR1....", "cannot be read as parquet"),
