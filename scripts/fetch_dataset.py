@@ -41,9 +41,15 @@ def fetch_dataset(
         tables = read_repository(dataset, columns, downloads)
     tables = drop_unlabelled(tables, dataset, task_settings["labels"])
     task.settle(list(tables.values()))
-    records = {split: read_rows(table, split, task) for split, table in tables.items()}
+    records, faults = {}, {}
+    for split, table in tables.items():
+        records[split], faults[split] = read_rows(table, split, task)
+    check_rows(records, faults, dataset["bad_rows"])
+    check_answers(records["train"], task)
     mark_seen(records, task)
     audit = audit_splits(records, task)
+    for split, found in faults.items():
+        audit["splits"][split]["bad_rows"] = {"count": len(found), "first": found[:10]}
     after = file_states(dataset["files"])
     if changed := [path for path, state in before.items() if state != after[path]]:
         raise UserError(
@@ -125,8 +131,8 @@ def drop_unlabelled(
     return kept
 
 
-def read_rows(table: pd.DataFrame, split: str, task: Task) -> list[Record]:
-    """Turn every row into a record with a stable id; all bad rows are named in one UserError."""
+def read_rows(table: pd.DataFrame, split: str, task: Task) -> tuple[list[Record], list[str]]:
+    """Turn the rows into records with stable ids; return the faults of the others beside them."""
     records, faults = [], []
     for position, row in zip(table.index, table.to_dict("records"), strict=True):
         number = int(position) + 1  # as a reader counts the rows below the header
@@ -136,9 +142,35 @@ def read_rows(table: pd.DataFrame, split: str, task: Task) -> list[Record]:
             )
         except ValueError as error:
             faults.append(f"row {number}: {error}")
-    if faults:
-        raise UserError(f"dataset, {split}: {list_faults(faults)}")
-    return records
+    return records, faults
+
+
+def check_rows(
+    records: Mapping[str, list[Record]], faults: Mapping[str, list[str]], bad_rows: str
+) -> None:
+    """Raise UserError naming the bad rows of all splits, unless they are to be left out."""
+    named = [f"{split}, {fault}" for split, found in faults.items() for fault in found]
+    if named and bad_rows == "refuse":
+        raise UserError(
+            f"dataset: {list_faults(named)}; mend them, or dataset.bad_rows: drop leaves them out"
+        )
+    if empty := [split for split, rows in records.items() if not rows]:
+        raise UserError(f"dataset: no good row is left of {', '.join(empty)}: {list_faults(named)}")
+    for split, found in faults.items():
+        if found:
+            program.logger.warning(
+                "%s: %d bad rows are left out: %s", split, len(found), list_faults(found)
+            )
+
+
+def check_answers(rows: list[Record], task: Task) -> None:
+    """Raise UserError where all of train has one answer: neither stage nor baseline learns from it."""
+    answers = {task.answer(record) for record in rows}
+    if len(answers) == 1:
+        raise UserError(
+            f"dataset, train: every row is answered {answers.pop()}, so that there is nothing to learn;"
+            " take other rows: those of a sorted dataset come one label after the other"
+        )
 
 
 def mark_seen(records: dict[str, list[Record]], task: Task) -> None:

@@ -24,6 +24,7 @@ def settings(**files: Path) -> dict[str, Any]:
         "text_column": "text",
         "label_column": "label",
         "unlabelled": "refuse",
+        "bad_rows": "refuse",
     }
 
 
@@ -119,7 +120,7 @@ def test_audit_counts_what_a_score_hides(tmp_path: Path) -> None:
         (
             "a.csv",
             b"text,label\nx,1\ny,2\nz,7\n",
-            "row 2: label '2' is not one of 0 (负面), 1 (正面); row 3",
+            "row 2: label '2' is not one of 0 (负面), 1 (正面); train, row 3",
         ),
         ("a.csv", b"text,label\n ,1\n", "row 1: text is empty"),
         ("a.csv", b"text,label\nx,1,2,3\ny,1,2,3,4\n", "cannot be read as csv"),
@@ -156,6 +157,51 @@ def test_bad_file_is_told_in_one_line(
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not output.exists()
+
+
+BAD = "text,label\na,1\n ,0\nb,0\nc,7\n"
+
+
+def test_bad_rows_of_all_splits_are_told_at_once(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.csv", BAD)
+    with pytest.raises(UserError) as caught:
+        fetch_dataset(settings(train=path, validation=path, test=path), TASK, tmp_path, tmp_path)
+    message = str(caught.value)
+    assert "train, row 2: text is empty; train, row 4: label '7' is not one of" in message
+    assert "validation, row 2: " in message and message.endswith("dataset.bad_rows: drop leaves them out")  # fmt: skip
+
+
+def test_bad_rows_are_left_out_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(tmp_path, "a.csv", BAD)
+    files = settings(train=path, validation=path, test=path)
+    fetch_dataset({**files, "bad_rows": "drop"}, TASK, tmp_path, tmp_path)
+    audit = json.loads((tmp_path / "audit.json").read_text())
+    assert audit["splits"]["test"]["rows"] == 2
+    assert audit["splits"]["test"]["bad_rows"] == {
+        "count": 2,
+        "first": ["row 2: text is empty", "row 4: label '7' is not one of 0 (负面), 1 (正面)"],
+    }
+    assert [r["id"] for r in read_records(tmp_path / "test.jsonl")] == ["test-1", "test-3"]
+    assert "test: 2 bad rows are left out: row 2: text is empty" in caplog.text
+
+
+def test_a_split_of_bad_rows_alone_is_refused(tmp_path: Path) -> None:
+    path, bad = write(tmp_path, "a.csv", BAD), write(tmp_path, "b.csv", "text,label\n ,1\n")
+    files = settings(train=path, validation=bad, test=bad)
+    with pytest.raises(UserError, match="no good row is left of validation, test"):
+        fetch_dataset({**files, "bad_rows": "drop"}, TASK, tmp_path, tmp_path)
+
+
+def test_train_of_one_label_is_refused(tmp_path: Path) -> None:
+    one, two = (
+        write(tmp_path, "a.csv", "text,label\na,1\nb,1\n"),
+        write(tmp_path, "b.csv", "text,label\na,1\nb,0\n"),
+    )
+    with pytest.raises(UserError, match="train: every row is answered 正面"):
+        fetch_dataset(settings(train=one, validation=two, test=two), TASK, tmp_path, tmp_path)
+    assert not (tmp_path / "audit.json").exists()
 
 
 def labelled(labels: dict[str, str], values: list[Any], folder: Path) -> list[str]:
@@ -225,7 +271,7 @@ def test_a_text_that_is_none_is_told_as_it_is(value: Any, tmp_path: Path) -> Non
     rows = [{"text": value, "label": 0}, {"text": "x", "label": 1}]
     content = "".join(json.dumps(row) + "\n" for row in rows)
     path = write(tmp_path, "a.jsonl", content)
-    with pytest.raises(UserError, match=r"row 1: text is .*, not text"):
+    with pytest.raises(UserError, match=r"train, row 1: text is .*, not text"):
         fetch_dataset(settings(train=path, validation=path, test=path), TASK, tmp_path, tmp_path)
 
 
