@@ -17,6 +17,7 @@ import pandas as pd
 
 from pockettune.common import program
 from pockettune.common.errors import UserError, list_faults
+from pockettune.data.partition import cut_rows, normalise_text
 from pockettune.data.records import read_table, write_records
 from pockettune.sources.splits import SPLITS, read_repository
 from pockettune.tasks import Record, Task, load_task
@@ -85,19 +86,17 @@ def file_states(files: Mapping[str, str] | None) -> dict[str, tuple[int, ...]]:
 def read_files(
     files: Mapping[str, str], split: Mapping[str, Any], columns: list[str], labels: list[str]
 ) -> dict[str, pd.DataFrame]:
-    """Read a file a split, or cut one file into three after shuffling its rows."""
+    """Read a file a split, or cut one file into three by its texts."""
     if "all" not in files:
         return {name: read_table(Path(files[name]), columns, labels) for name in SPLITS}
     table = read_table(Path(files["all"]), columns, labels)
-    order = np.random.default_rng(split["seed"]).permutation(len(table))
-    cuts = np.cumsum([round(len(table) * split[name]) for name in ("test", "validation")])
-    test, validation, train = np.split(order, cuts)
-    if min(len(test), len(validation), len(train)) == 0:
+    text, label = (table[column] for column in columns)
+    parts = cut_rows(list(map(str, text)), list(map(as_key, label)), split, split["seed"])
+    if min(map(len, parts.values())) == 0:
         raise UserError(
             f"{files['all']}: {len(table)} rows are too few for the shares of dataset.split"
         )
-    parts = {"train": train, "validation": validation, "test": test}
-    return {name: table.iloc[np.sort(rows)] for name, rows in parts.items()}
+    return {name: table.iloc[parts[name]] for name in SPLITS}
 
 
 def drop_unlabelled(
@@ -174,21 +173,30 @@ def check_answers(rows: list[Record], task: Task) -> None:
 
 
 def mark_seen(records: dict[str, list[Record]], task: Task) -> None:
-    """Add "seen" to the rows of validation and test: whether the same text stands in train."""
-    known = {record[task.text_field] for record in records["train"]}
+    """Add "seen" to the rows of validation and test: whether their text stands in train.
+
+    Texts are the same that differ in case, width or white space alone.
+    """
+    known = normalised_texts(records["train"], task)
     for split in ("validation", "test"):
         for record in records[split]:
-            record["seen"] = record[task.text_field] in known
+            record["seen"] = normalise_text(record[task.text_field]) in known
+
+
+def normalised_texts(rows: list[Record], task: Task) -> set[str]:
+    return {normalise_text(record[task.text_field]) for record in rows}
 
 
 def audit_splits(records: dict[str, list[Record]], task: Task) -> dict[str, Any]:
     """Describe each split, and what a score on it does not tell."""
     answers = defaultdict(set)
     for record in records["train"]:
-        answers[record[task.text_field]].add(task.answer(record))
+        answers[normalise_text(record[task.text_field])].add(task.answer(record))
+    in_validation = normalised_texts(records["validation"], task)
     splits = {}
     for split, rows in records.items():
         texts = [record[task.text_field] for record in rows]
+        normalised = [normalise_text(text) for text in texts]
         lengths = np.array([len(text) for text in texts])
         facts: dict[str, Any] = {
             "rows": len(rows),
@@ -200,14 +208,16 @@ def audit_splits(records: dict[str, list[Record]], task: Task) -> dict[str, Any]
                 "max": int(lengths.max()),
             },
             "texts_with_line_breaks": sum("\n" in text for text in texts),
-            "duplicates": len(texts) - len(set(texts)),
+            "duplicates": len(texts) - len(set(normalised)),
         }
         if split != "train":
             facts["seen_in_train"] = sum(record["seen"] for record in rows)
             facts["contradicts_train"] = sum(
-                record["seen"] and task.answer(record) not in answers[record[task.text_field]]
-                for record in rows
+                record["seen"] and task.answer(record) not in answers[text]
+                for record, text in zip(rows, normalised, strict=True)
             )
+        if split == "test":
+            facts["seen_in_validation"] = sum(text in in_validation for text in normalised)
         splits[split] = facts
     contradictory = sum(len(found) > 1 for found in answers.values())
     return {"splits": splits, "train_texts_with_several_answers": contradictory}

@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT
 from fetch_dataset import fetch_dataset
 from pockettune.common.errors import UserError
+from pockettune.data.partition import cut_rows
 from pockettune.data.records import read_records, read_table
 
 CHNSENTICORP = ROOT.parent / "shared/data/chnsenticorp"
@@ -95,6 +96,56 @@ def test_one_file_is_cut_into_disjoint_splits_with_stable_ids(tmp_path: Path) ->
     # An id names the row of the file, whatever split it fell into.
     assert all(r["id"].split("-")[1] == str(int(r["text"][1:]) + 1) for r in splits["test"])
     assert (tmp_path / "a/test.jsonl").read_bytes() == (tmp_path / "b/test.jsonl").read_bytes()
+
+
+def cut(rows: list[tuple[str, int]], folder: Path) -> dict[str, set[str]]:
+    """Return the texts of each split of one file."""
+    path = folder / "all.csv"
+    pd.DataFrame(rows, columns=["text", "label"]).to_csv(path, index=False)
+    fetch_dataset(settings(all=path), TASK, folder, folder)
+    return {
+        name: {record["text"] for record in read_records(folder / f"{name}.jsonl")}
+        for name in ("train", "validation", "test")
+    }
+
+
+def test_a_new_row_leaves_the_others_in_their_splits(tmp_path: Path) -> None:
+    rows = [(f"t{i}", i % 2) for i in range(200)]
+    before, after = cut(rows, tmp_path), cut([("new", 1), *rows], tmp_path)
+    moved = [text for name in before for text in before[name] - after[name]]
+    assert len(moved) <= 2  # one beside each cut
+
+
+def test_rows_of_one_text_fall_into_one_split(tmp_path: Path) -> None:
+    splits = cut([(form.format(i), i % 2) for i in range(60) for form in ("a{}", "A{} ")], tmp_path)
+    texts = [{text.strip().lower() for text in found} for found in splits.values()]
+    assert sum(map(len, texts)) == len(set.union(*texts)) == 60
+
+
+def test_every_label_has_its_share_of_each_split(tmp_path: Path) -> None:
+    cut([(f"t{i}", int(i < 10)) for i in range(200)], tmp_path)
+    audit = json.loads((tmp_path / "audit.json").read_text())
+    assert {name: facts["answers"]["正面"] for name, facts in audit["splits"].items()} == {
+        "train": 5, "validation": 2, "test": 3,
+    }  # fmt: skip
+
+
+def test_many_labels_of_few_texts_give_their_share_together() -> None:
+    labels = [str(i // 4) for i in range(400)]
+    shares = {"test": 0.1, "validation": 0.1}
+    parts = cut_rows([f"t{i}" for i in range(400)], labels, shares, seed=13)
+    assert 25 < len(parts["test"]) < 55 and 25 < len(parts["validation"]) < 55
+
+
+def test_texts_alike_but_for_form_are_seen(tmp_path: Path) -> None:
+    train = write(tmp_path, "train.csv", "text,label\nGood  Food,1\n差！,0\n")
+    validation = write(tmp_path, "validation.csv", "text,label\n中,1\n")
+    test = write(tmp_path, "test.csv", "text,label\ngood food ,1\n差!,1\n中,1\n新,0\n")
+    fetch_dataset(settings(train=train, validation=validation, test=test), TASK, tmp_path, tmp_path)
+    assert [r["seen"] for r in read_records(tmp_path / "test.jsonl")] == [True, True, False, False]
+    audit = json.loads((tmp_path / "audit.json").read_text())["splits"]["test"]
+    assert (audit["seen_in_train"], audit["seen_in_validation"]) == (2, 1)
+    assert audit["contradicts_train"] == 1
 
 
 def test_audit_counts_what_a_score_hides(tmp_path: Path) -> None:
@@ -282,6 +333,7 @@ def test_chnsenticorp_leaks_a_quarter_of_its_test_rows(tmp_path: Path) -> None:
     audit = json.loads((tmp_path / "audit.json").read_text())
     assert [audit["splits"][s]["rows"] for s in ("train", "validation", "test")] == [9600, 1200, 1200]  # fmt: skip
     assert audit["splits"]["test"]["seen_in_train"] == 331
+    assert audit["splits"]["test"]["seen_in_validation"] == 40
     assert audit["splits"]["validation"]["seen_in_train"] == 338
     assert audit["splits"]["train"]["duplicates"] == 1351
     assert audit["train_texts_with_several_answers"] == 24
