@@ -17,6 +17,7 @@ import pandas as pd
 
 from pockettune.common import program
 from pockettune.common.errors import UserError, list_faults
+from pockettune.data.partition import cut_rows, normalise_text
 from pockettune.data.records import read_table, write_records
 from pockettune.sources.splits import SPLITS, read_repository
 from pockettune.tasks import Record, Task, load_task
@@ -35,13 +36,21 @@ def fetch_dataset(
     columns = [dataset["text_column"], dataset["label_column"]]
     before = file_states(dataset["files"])
     if dataset["files"]:
-        tables = read_files(dataset["files"], dataset["split"], columns)
+        labels = [*task_settings["labels"], *task_settings["labels"].values()]
+        tables = read_files(dataset["files"], dataset["split"], columns, labels)
     else:
         tables = read_repository(dataset, columns, downloads)
     tables = drop_unlabelled(tables, dataset, task_settings["labels"])
-    records = {split: read_rows(table, split, task) for split, table in tables.items()}
+    task.settle(list(tables.values()))
+    records, faults = {}, {}
+    for split, table in tables.items():
+        records[split], faults[split] = read_rows(table, split, task)
+    check_rows(records, faults, dataset["bad_rows"])
+    check_answers(records["train"], task)
     mark_seen(records, task)
     audit = audit_splits(records, task)
+    for split, found in faults.items():
+        audit["splits"][split]["bad_rows"] = {"count": len(found), "first": found[:10]}
     after = file_states(dataset["files"])
     if changed := [path for path, state in before.items() if state != after[path]]:
         raise UserError(
@@ -53,6 +62,12 @@ def fetch_dataset(
     for split, facts in audit["splits"].items():
         seen = f", {facts['seen_in_train']} of them stand in train" if split != "train" else ""
         program.logger.info("%s: %d rows%s", split, facts["rows"], seen)
+        if broken := facts["texts_with_line_breaks"]:
+            program.logger.warning(
+                "%s: %d texts hold line breaks; in a csv, see that no quote is left open",
+                split,
+                broken,
+            )
         if len(facts["answers"]) == 1:  # as the first rows of a dataset that is sorted by label
             answer = next(iter(facts["answers"]))
             program.logger.warning("%s: every row is answered %s; take other rows", split, answer)
@@ -69,21 +84,19 @@ def file_states(files: Mapping[str, str] | None) -> dict[str, tuple[int, ...]]:
 
 
 def read_files(
-    files: Mapping[str, str], split: Mapping[str, Any], columns: list[str]
+    files: Mapping[str, str], split: Mapping[str, Any], columns: list[str], labels: list[str]
 ) -> dict[str, pd.DataFrame]:
-    """Read a file a split, or cut one file into three after shuffling its rows."""
+    """Read a file a split, or cut one file into three by its texts."""
     if "all" not in files:
-        return {name: read_table(Path(files[name]), columns) for name in SPLITS}
-    table = read_table(Path(files["all"]), columns)
-    order = np.random.default_rng(split["seed"]).permutation(len(table))
-    cuts = np.cumsum([round(len(table) * split[name]) for name in ("test", "validation")])
-    test, validation, train = np.split(order, cuts)
-    if min(len(test), len(validation), len(train)) == 0:
+        return {name: read_table(Path(files[name]), columns, labels) for name in SPLITS}
+    table = read_table(Path(files["all"]), columns, labels)
+    text, label = (table[column] for column in columns)
+    parts = cut_rows(list(map(str, text)), list(map(as_key, label)), split, split["seed"])
+    if min(map(len, parts.values())) == 0:
         raise UserError(
             f"{files['all']}: {len(table)} rows are too few for the shares of dataset.split"
         )
-    parts = {"train": train, "validation": validation, "test": test}
-    return {name: table.iloc[np.sort(rows)] for name, rows in parts.items()}
+    return {name: table.iloc[parts[name]] for name in SPLITS}
 
 
 def drop_unlabelled(
@@ -94,7 +107,7 @@ def drop_unlabelled(
     Public test sets hide their labels: the cell is empty, or -1 where no label is called so. Raises
     UserError where dataset.unlabelled is refuse, unless every row has one.
     """
-    missing = {"", "-1"} - {*labels, *labels.values()}
+    missing = {"", "-1"} - {as_key(label) for label in (*labels, *labels.values())}
     kept, counts = {}, []
     for split, table in tables.items():
         unlabelled = table[dataset["label_column"]].map(as_key).isin(missing)
@@ -117,8 +130,8 @@ def drop_unlabelled(
     return kept
 
 
-def read_rows(table: pd.DataFrame, split: str, task: Task) -> list[Record]:
-    """Turn every row into a record with a stable id; all bad rows are named in one UserError."""
+def read_rows(table: pd.DataFrame, split: str, task: Task) -> tuple[list[Record], list[str]]:
+    """Turn the rows into records with stable ids; return the faults of the others beside them."""
     records, faults = [], []
     for position, row in zip(table.index, table.to_dict("records"), strict=True):
         number = int(position) + 1  # as a reader counts the rows below the header
@@ -128,27 +141,62 @@ def read_rows(table: pd.DataFrame, split: str, task: Task) -> list[Record]:
             )
         except ValueError as error:
             faults.append(f"row {number}: {error}")
-    if faults:
-        raise UserError(f"dataset, {split}: {list_faults(faults)}")
-    return records
+    return records, faults
+
+
+def check_rows(
+    records: Mapping[str, list[Record]], faults: Mapping[str, list[str]], bad_rows: str
+) -> None:
+    """Raise UserError naming the bad rows of all splits, unless they are to be left out."""
+    named = [f"{split}, {fault}" for split, found in faults.items() for fault in found]
+    if named and bad_rows == "refuse":
+        raise UserError(
+            f"dataset: {list_faults(named)}; mend them, or dataset.bad_rows: drop leaves them out"
+        )
+    if empty := [split for split, rows in records.items() if not rows]:
+        raise UserError(f"dataset: no good row is left of {', '.join(empty)}: {list_faults(named)}")
+    for split, found in faults.items():
+        if found:
+            program.logger.warning(
+                "%s: %d bad rows are left out: %s", split, len(found), list_faults(found)
+            )
+
+
+def check_answers(rows: list[Record], task: Task) -> None:
+    """Raise UserError where all of train has one answer: neither stage nor baseline learns from it."""
+    answers = {task.answer(record) for record in rows}
+    if len(answers) == 1:
+        raise UserError(
+            f"dataset, train: every row is answered {answers.pop()}, so that there is nothing to learn;"
+            " take other rows: those of a sorted dataset come one label after the other"
+        )
 
 
 def mark_seen(records: dict[str, list[Record]], task: Task) -> None:
-    """Add "seen" to the rows of validation and test: whether the same text stands in train."""
-    known = {record[task.text_field] for record in records["train"]}
+    """Add "seen" to the rows of validation and test: whether their text stands in train.
+
+    Texts are the same that differ in case, width or white space alone.
+    """
+    known = normalised_texts(records["train"], task)
     for split in ("validation", "test"):
         for record in records[split]:
-            record["seen"] = record[task.text_field] in known
+            record["seen"] = normalise_text(record[task.text_field]) in known
+
+
+def normalised_texts(rows: list[Record], task: Task) -> set[str]:
+    return {normalise_text(record[task.text_field]) for record in rows}
 
 
 def audit_splits(records: dict[str, list[Record]], task: Task) -> dict[str, Any]:
     """Describe each split, and what a score on it does not tell."""
     answers = defaultdict(set)
     for record in records["train"]:
-        answers[record[task.text_field]].add(task.answer(record))
+        answers[normalise_text(record[task.text_field])].add(task.answer(record))
+    in_validation = normalised_texts(records["validation"], task)
     splits = {}
     for split, rows in records.items():
         texts = [record[task.text_field] for record in rows]
+        normalised = [normalise_text(text) for text in texts]
         lengths = np.array([len(text) for text in texts])
         facts: dict[str, Any] = {
             "rows": len(rows),
@@ -159,14 +207,17 @@ def audit_splits(records: dict[str, list[Record]], task: Task) -> dict[str, Any]
                 "p95": int(np.percentile(lengths, 95)),
                 "max": int(lengths.max()),
             },
-            "duplicates": len(texts) - len(set(texts)),
+            "texts_with_line_breaks": sum("\n" in text for text in texts),
+            "duplicates": len(texts) - len(set(normalised)),
         }
         if split != "train":
             facts["seen_in_train"] = sum(record["seen"] for record in rows)
             facts["contradicts_train"] = sum(
-                record["seen"] and task.answer(record) not in answers[record[task.text_field]]
-                for record in rows
+                record["seen"] and task.answer(record) not in answers[text]
+                for record, text in zip(rows, normalised, strict=True)
             )
+        if split == "test":
+            facts["seen_in_validation"] = sum(text in in_validation for text in normalised)
         splits[split] = facts
     contradictory = sum(len(found) > 1 for found in answers.values())
     return {"splits": splits, "train_texts_with_several_answers": contradictory}

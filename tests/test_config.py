@@ -55,6 +55,7 @@ def put(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (put("train.lerning_rate", 1), "unknown key train.lerning_rate; did you mean learning_rate?"),
         (put("quantise", {}), "unknown key quantise; did you mean quantize?"),
         (put("train.learning_rate", "2e-4"), "'2e-4', not a number; write 2.0e-04"),
+        (put("task.labels", {True: "a", "n": "b"}), "the boolean True, which YAML reads from yes, on or true"),
         (put("train.rank", 0), "train.rank is 0: 0 is less than the minimum of 1"),
         (put("train.rank", True), "train.rank is True, not a whole number"),
         (put("quantize.q4", {"type": "Q4_KM"}), "did you mean Q4_K_M? (known: Q2_K, "),

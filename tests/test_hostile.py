@@ -197,7 +197,7 @@ def test_names_on_a_hub_that_lead_out_of_the_folder(
 
 def fetch_from_hub(repository: Path, target: Path, patch: pytest.MonkeyPatch) -> LoopbackHub:
     settings = {"name": NAME, "revision": COMMIT, "files": None, "split": None, "subset": None,
-                "splits": None, "unlabelled": "refuse", "text_column": "text", "label_column": "label"}  # fmt: skip
+                "splits": None, "unlabelled": "refuse", "bad_rows": "refuse", "text_column": "text", "label_column": "label"}  # fmt: skip
     with serve(repository, NAME) as hub:
         patch.setenv("POCKETTUNE_HUB_SOURCES", hub.address)
         fetch_dataset(settings, TASK, target / "downloads", target / "out")

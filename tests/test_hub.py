@@ -110,7 +110,7 @@ def test_dataset_comes_with_its_splits(
         table = pd.DataFrame({"text": [text], "label": [int(text == "很好")]})
         table.to_parquet(repository / f"{split}-00000-of-00001.parquet")
     dataset = {"name": NAME, "revision": COMMIT, "files": None, "split": None, "subset": None,
-               "splits": None, "unlabelled": "refuse", "text_column": "text", "label_column": "label"}  # fmt: skip
+               "splits": None, "unlabelled": "refuse", "bad_rows": "refuse", "text_column": "text", "label_column": "label"}  # fmt: skip
     with serve(repository.parent, NAME) as hub:
         monkeypatch.setenv("POCKETTUNE_HUB_SOURCES", hub.entry(source))
         fetch_dataset(dataset, TASK, tmp_path / "downloads", tmp_path / "dataset")

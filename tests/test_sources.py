@@ -295,7 +295,7 @@ def test_dataset_comes_from_its_source_alone(
         (repository / f"{split}.csv").write_text("text,label\n好,1\n差,0\n")
     settings = {
         "dataset": {"name": NAME, "revision": COMMIT, "files": None, "split": None, "subset": None,
-                    "splits": None, "unlabelled": "refuse", "text_column": "text", "label_column": "label"},
+                    "splits": None, "unlabelled": "refuse", "bad_rows": "refuse", "text_column": "text", "label_column": "label"},
         "task": {"type": "classification", "system": "", "prompt": "{text}", "labels": {"0": "差", "1": "好"}, "template_options": {}},
     }  # fmt: skip
     with serve(repository, NAME) as hub:

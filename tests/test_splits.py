@@ -23,7 +23,7 @@ TASK = {
     "template_options": {},
 }
 DATASET = {"name": NAME, "revision": COMMIT, "files": None, "split": None, "subset": None,
-           "splits": None, "unlabelled": "refuse", "text_column": "text", "label_column": "label"}  # fmt: skip
+           "splits": None, "unlabelled": "refuse", "bad_rows": "refuse", "text_column": "text", "label_column": "label"}  # fmt: skip
 
 
 def table(count: int, label: int | None = None) -> pd.DataFrame:

@@ -1,26 +1,28 @@
 """Reads tables of any common format, and writes and reads the dataset's own jsonl files."""
 
 import csv
-import io
 import json
-from collections.abc import Iterator, Sequence
+import re
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from pockettune.common.errors import UserError
+from pockettune.common.errors import UserError, list_faults
 from pockettune.common.program import staged
 
 FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
 
 
-def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
-    """Return the named columns of a csv, tsv, jsonl or parquet file, a row a record.
+def read_table(path: Path, columns: Sequence[str], labels: Collection[str] = ()) -> pd.DataFrame:
+    """Return the columns of the text and the label of a csv, tsv, jsonl or parquet file.
 
     A tsv is read as it stands: quotes are text there (reviews open quotes and forget to close
     them); only a csv has quoted cells. Raises UserError for an unknown format, a file that is
-    empty, not UTF-8 or not readable as its format, and a missing column.
+    empty, not UTF-8 or not readable as its format, a missing column, and a csv whose texts hold
+    rows, known by one of `labels`.
     """
     if path.suffix not in FORMATS:
         raise UserError(f"{path}: format {path.suffix!r} is not one of {', '.join(FORMATS)}")
@@ -42,32 +44,87 @@ def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
         )
     if table.empty:
         raise UserError(f"{path} has a header and no rows")
-    return table[list(columns)]
+    if path.suffix == ".csv" and labels:
+        _refuse_swallowed_rows(path, table, columns, labels)
+    return table[list(columns)].reset_index(drop=True)
 
 
 def _read_text(path: Path) -> pd.DataFrame:
-    content = path.read_bytes()
     try:
-        text = content.decode("utf-8-sig")
+        # Only \n ends a line: others are text, such as a carriage return within quotes.
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
+            if path.suffix == ".jsonl":
+                return pd.DataFrame(_parse_lines(path, file))
+        return _read_cells(path)
     except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
+        raise _not_utf8(path) from error
+
+
+def _not_utf8(path: Path) -> UserError:
+    """Say which line is not UTF-8; the reader's own error counts from somewhere within."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return UserError(
+                    f"{path}: line {number} is not UTF-8 (byte 0x{line[error.start]:02x}); "
+                    f"convert it, e.g. iconv -f gb18030 -t utf-8 {path.name}"
+                )
+    return UserError(f"{path} is not UTF-8")
+
+
+def _read_cells(path: Path) -> pd.DataFrame:
+    """Read a csv or tsv; a separator at the end of its rows, and not of its header, is no cell."""
+    options: dict[str, Any] = {
+        "sep": "\t" if path.suffix == ".tsv" else ",",
+        "quoting": csv.QUOTE_NONE if path.suffix == ".tsv" else csv.QUOTE_MINIMAL,
+        "dtype": str,
+        "keep_default_na": False,
+        "encoding": "utf-8-sig",
+    }
+    table = pd.read_csv(path, **options)
+    if isinstance(table.index, pd.RangeIndex):
+        return table
+    # Of rows longer than the header, pandas takes the first cells for the names of the rows.
+    width, longer = len(table.columns), table.index.nlevels
+    if longer > 1 or (table.iloc[:, -1] != "").any():
         raise UserError(
-            f"{path}: line {line} is not UTF-8 (byte 0x{content[error.start]:02x}); "
-            f"convert it, e.g. iconv -f gb18030 -t utf-8 {path.name}"
-        ) from error
-    if path.suffix == ".jsonl":
-        return pd.DataFrame(list(_parse_lines(path, text)))
-    return pd.read_csv(
-        io.StringIO(text),
-        sep="\t" if path.suffix == ".tsv" else ",",
-        quoting=csv.QUOTE_NONE if path.suffix == ".tsv" else csv.QUOTE_MINIMAL,
-        dtype=str,
-        keep_default_na=False,
-    )
+            f"{path}: its rows have {width + longer} cells, its header {width}; name every column in"
+            " the header"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", pd.errors.ParserWarning)  # the last cells are left out
+        return pd.read_csv(path, index_col=False, **options)
 
 
-def _parse_lines(path: Path, text: str) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(text.split("\n"), start=1):
+def _refuse_swallowed_rows(
+    path: Path, table: pd.DataFrame, columns: Sequence[str], labels: Collection[str]
+) -> None:
+    """Raise UserError naming the texts that hold rows: a quote left open swallows those below it."""
+    text, label = columns
+    place = list(table.columns).index(label)
+    # A row's start or end that stands in a text as lines of it, label and number of cells alike.
+    known = "(?:" + "|".join(map(re.escape, labels)) + ")"
+    if place < list(table.columns).index(text):
+        where, row = "start", rf'(?<=\n)(?:[^,\n]*,){{{place}}}"?{known}"?,'
+    else:
+        cells = len(table.columns) - 1 - place
+        where, row = "end", rf',"?{known}"?(?:,[^,\n]*){{{cells}}}(?=\r?\n)'
+    faults = [
+        f"row {position}: text has {found[0].strip()} at the {where} of a line within"
+        for position, content in enumerate(table[text], start=1)
+        if (found := re.search(row, content))
+    ]
+    if faults:
+        raise UserError(
+            f"{path}: rows are taken for text, as below a quote that is not closed:"
+            f" {list_faults(faults)}; double the quotes of a text, or write a tsv or jsonl"
+        )
+
+
+def _parse_lines(path: Path, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:

@@ -6,10 +6,13 @@ module in this folder and a line in `TASKS`.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pockettune.common.errors import UserError
 from pockettune.tasks.classification import Classification
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Record = dict[str, Any]  # "id", and the fields that the task's `read` returns
 Message = dict[str, str]  # "role" and "content", as chat templates take them
@@ -23,6 +26,9 @@ class Task(Protocol):
 
     template_options: Mapping[str, Any]
     """Variables that the chat template is given, such as enable_thinking."""
+
+    def settle(self, tables: Sequence["pd.DataFrame"]) -> None:
+        """Decide from the rows of all splits how `read` reads them; UserError where it is unclear."""
 
     def read(self, row: Mapping[str, object]) -> Record:
         """Turn a row of the dataset into a record's fields; ValueError says what is wrong with it."""

@@ -1,8 +1,14 @@
 """Classification: one label for one text."""
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pockettune.common.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class Classification:
@@ -17,19 +23,46 @@ class Classification:
         self.labels: dict[str, str] = dict(sorted(settings["labels"].items()))
         self.text_column = columns["text_column"]
         self.label_column = columns["label_column"]
+        self._read_as: dict[str, str] = {}  # by `settle`
+
+    def settle(self, tables: Sequence["pd.DataFrame"]) -> None:
+        """Decide once for the whole dataset whether its labels are values or words of task.labels.
+
+        Cell by cell it would go unseen that 1 to 5 stars are read as the values 0 to 4. Raises
+        UserError where the column holds both, or where both readings are possible and differ.
+        """
+        keys = index_labels(self.labels, self.labels.values())
+        words = index_labels(self.labels.values(), self.labels.values())
+        columns = (table[self.label_column].map(as_key).unique() for table in tables)
+        found = sorted({cell for column in columns for cell in column} & {*keys, *words})
+        only_keys = [cell for cell in found if cell not in words]
+        only_words = [cell for cell in found if cell not in keys]
+        if only_keys and only_words:
+            raise UserError(
+                f"dataset: column {self.label_column} holds values of task.labels"
+                f" ({', '.join(only_keys)}) and words of it ({', '.join(only_words)}); write all its"
+                " cells in one way"
+            )
+        if not only_keys and not only_words and any(keys[cell] != words[cell] for cell in found):
+            raise UserError(
+                f"dataset: column {self.label_column} holds {', '.join(found)}, each a value of"
+                " task.labels and the word of another; where they are the words, write"
+                f" each as its own value ({found[0]!r}: {words[found[0]]!r}), else take other words"
+            )
+        self._read_as = words if only_words else keys
 
     def read(self, row: Mapping[str, object]) -> dict[str, Any]:
-        """Return {"text", "label"}; the label may be written as in the data or as answered."""
+        """Return {"text", "label"}, the label as answered."""
         text, value = row[self.text_column], row[self.label_column]
-        if not isinstance(text, str) or not text.strip():
+        if isinstance(text, str) and text.strip():
+            label = as_key(value)
+            if label in self._read_as:
+                return {"text": text, "label": self._read_as[label]}
+            known = ", ".join(f"{key} ({name})" for key, name in self.labels.items())
+            raise ValueError(f"label {label!r} is not one of {known}")
+        if isinstance(text, str) or as_key(text) == "":
             raise ValueError(f"{self.text_column} is empty")
-        label = as_key(value)
-        if label in self.labels:
-            return {"text": text, "label": self.labels[label]}
-        if label in self.labels.values():
-            return {"text": text, "label": label}
-        known = ", ".join(f"{key} ({name})" for key, name in self.labels.items())
-        raise ValueError(f"label {label!r} is not one of {known}")
+        raise ValueError(f"{self.text_column} is {text!r}, not text")
 
     def prompt(self, record: Mapping[str, Any]) -> list[dict[str, str]]:
         question = {"role": "user", "content": self.template.replace("{text}", record["text"])}
@@ -80,8 +113,18 @@ class Classification:
         }
 
 
+def index_labels(written: Iterable[str], words: Iterable[str]) -> dict[str, str]:
+    """Return the word of each spelling, as `as_key` has it; UserError where two are one."""
+    pairs = list(zip(written, words, strict=True))
+    counts = Counter(as_key(spelling) for spelling, _ in pairs)
+    if same := [spelling for spelling, _ in pairs if counts[as_key(spelling)] > 1]:
+        raise UserError(f"task.labels: {' and '.join(same)} are read as one; keep one of them")
+    return {as_key(spelling): word for spelling, word in pairs}
+
+
 def as_key(value: object) -> str:
-    """Write a label cell as config.yaml writes its key: a whole number read as 1.0 is "1"."""
-    if isinstance(value, float) and not math.isnan(value) and value.is_integer():
-        return str(int(value))
-    return "" if value is None or value != value else str(value).strip()
+    """Write a label as config.yaml writes its key: "" for a missing one, "1" for 1.0 and "1.0"."""
+    written = str(value).strip()
+    if value is None or (not isinstance(value, str) and written in ("nan", "<NA>", "NaT")):
+        return ""
+    return re.sub(r"^(-?\d+)\.0+$", r"\1", written)

@@ -42,9 +42,10 @@ def check_config(config: Config, schema: dict[str, Any]) -> None:
     Keys of `task.labels` become text (YAML reads an unquoted 0 as a number), and entries of
     `quantize` and `task.labels` that a run file sets to null are dropped.
     """
+    faults = list(_boolean_labels(config))
     _normalise(config)
     errors = sorted(Draft202012Validator(schema).iter_errors(config), key=lambda e: list(e.path))
-    faults = list(dict.fromkeys(fault for error in errors for fault in _describe(error)))
+    faults += dict.fromkeys(fault for error in errors for fault in _describe(error))
     if not faults:
         faults = list(_contradictions(config))
     if faults:
@@ -112,6 +113,19 @@ def _normalise(config: Config) -> None:
     if isinstance(task, dict) and isinstance(task.get("labels"), dict):
         labels = task["labels"].items()
         task["labels"] = {str(key): value for key, value in labels if value is not None}
+
+
+def _boolean_labels(config: Config) -> Iterator[str]:
+    """Yield the labels whose spelling is lost: YAML reads yes, no, on and off as booleans."""
+    task = config.get("task")
+    labels = task.get("labels") if isinstance(task, dict) else None
+    for key in labels if isinstance(labels, dict) else {}:
+        if isinstance(key, bool):
+            words = "yes, on or true" if key else "no, off or false"
+            yield (
+                f"task.labels has the boolean {key}, which YAML reads from {words} without quotes; write"
+                f' the value as in the data, in quotes ("{key}" for a boolean of jsonl or parquet)'
+            )
 
 
 def _describe(error: ValidationError) -> Iterator[str]:
