@@ -22,6 +22,7 @@ from pockettune.workflow.config import (
     drop_idle,
     is_gguf,
     set_environment,
+    unpin_others,
 )
 from pockettune.common.errors import UserError
 from pockettune.workflow.imports import imported_files
@@ -49,6 +50,11 @@ def user_files():
     }
 
 
+NOT_PINNED = unpin_others(
+    config,
+    own=yaml.safe_load(Path(workflow.basedir, "config.yaml").read_text("utf-8")),
+    given=workflow.config_settings.overwrite_config,
+)
 try:
     check_config(
         config,
@@ -61,6 +67,8 @@ except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
 
+if NOT_PINNED and workflow.is_main_process:
+    print(f"warning: {NOT_PINNED}", file=sys.stderr)
 drop_idle(config)
 set_environment(config["hub"])
 OWN_ADAPTER = config["train"]["adapter"]

@@ -10,7 +10,7 @@ import yaml
 
 from conftest import ROOT
 from pockettune.common.errors import UserError
-from pockettune.workflow.config import check_config, check_files, drop_idle
+from pockettune.workflow.config import check_config, check_files, drop_idle, unpin_others
 
 SCHEMA = yaml.safe_load((ROOT / "schemas/config.schema.yaml").read_text())
 CONFIG = yaml.safe_load((ROOT / "config.yaml").read_text())
@@ -22,6 +22,57 @@ def merged(run: Path) -> dict[str, Any]:
     config = copy.deepcopy(CONFIG)
     update_config(config, yaml.safe_load(run.read_text()))
     return config
+
+
+def overlaid(given: dict[str, Any]) -> dict[str, Any]:
+    """Return config.yaml with `given` over it, its pins where they belong."""
+    from snakemake.utils import update_config
+
+    config = copy.deepcopy(CONFIG)
+    update_config(config, given)
+    return config
+
+
+def test_another_name_takes_none_of_the_pins_of_config_yaml() -> None:
+    given = {"model": {"name": "a/b"}, "dataset": {"name": "c/d"}}
+    config = overlaid(given)
+    message = unpin_others(config, CONFIG, given)
+    assert (config["model"]["revision"], config["model"]["sha256"]) == ("main", None)
+    assert config["dataset"]["revision"] == "main"
+    assert message == (
+        "not pinned: model.revision, model.sha256, dataset.revision; the run takes what main of a/b,"
+        " main of c/d is on the day, set them to keep it"
+    )
+    check_config(config, SCHEMA)
+
+
+def test_pins_of_a_run_file_are_kept_though_they_are_those_of_config_yaml() -> None:
+    given = {"model": {**CONFIG["model"], "name": "a/copy"}}
+    config = overlaid(given)
+    assert unpin_others(config, CONFIG, given) is None
+    assert config["model"] == given["model"]
+
+
+def test_checksum_alone_is_missing() -> None:
+    given = {"model": {"name": "a/b", "revision": "v1"}}
+    config = overlaid(given)
+    assert unpin_others(config, CONFIG, given) == (
+        "not pinned: model.sha256; the run takes what v1 of a/b is on the day, set them to keep it"
+    )
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"model": {"name": CONFIG["model"]["name"]}, "train": {"rank": 4}},
+        {"model": {"name": "a/b", "path": "data/base"}},
+        {"dataset": {"name": "a/b", "files": {"all": "a.csv"}}},
+        {"model": None, "dataset": 7},
+    ],
+)
+def test_own_names_and_local_files_need_no_other_pins(given: dict[str, Any]) -> None:
+    assert unpin_others(overlaid(given), CONFIG, given) is None
 
 
 def test_config_is_valid() -> None:

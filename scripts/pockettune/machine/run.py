@@ -1,5 +1,6 @@
 """The run that is asked about: its config, its profile, and what several checks share of it."""
 
+import copy
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
@@ -98,11 +99,13 @@ class Run:
 
 
 def load_config(root: Path, run_files: Iterable[Path]) -> Config:
-    """Return config.yaml with the run files laid over it, as snakemake --configfile does."""
+    """Return config.yaml with the run files laid over it, as the Snakefile does."""
     import yaml
     from snakemake.utils import update_config
 
-    config: Config = {}
+    from pockettune.workflow.config import unpin_others
+
+    layers: list[Config] = []
     for path in [root / "config.yaml", *run_files]:
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
@@ -110,7 +113,14 @@ def load_config(root: Path, run_files: Iterable[Path]) -> Config:
             raise UserError(f"{path.name} cannot be read: {error}") from error
         if not isinstance(content, dict):
             raise UserError(f"{path.name} holds no sections")
-        update_config(config, content)
+        layers.append(content)
+    own, *others = layers
+    given: Config = {}
+    for layer in others:
+        update_config(given, layer)
+    config = copy.deepcopy(own)
+    update_config(config, given)
+    unpin_others(config, own, given)
     return config
 
 

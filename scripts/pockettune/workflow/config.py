@@ -51,6 +51,34 @@ def check_config(config: Config, schema: dict[str, Any]) -> None:
         raise UserError(f"config: {list_faults(faults)}")
 
 
+def unpin_others(config: Config, own: Config, given: Config) -> str | None:
+    """Let the pins of config.yaml, `own`, count for its own model and dataset alone.
+
+    Another name takes revision main and no checksum, unless `given`, what is laid over config.yaml,
+    has them. Returns a warning that names what is not pinned. Leaves a malformed section as it is.
+    """
+    missing, moving = [], []
+    for section, local, pins in (
+        ("model", "path", {"revision": "main", "sha256": None}),
+        ("dataset", "files", {"revision": "main"}),
+    ):
+        chosen, over = config.get(section), given.get(section)
+        if not isinstance(chosen, dict) or not isinstance(over, dict):
+            continue
+        if chosen.get(local) or chosen.get("name") == own[section]["name"]:
+            continue
+        if loose := {key: value for key, value in pins.items() if key not in over}:
+            chosen.update(loose)
+            missing += [f"{section}.{key}" for key in loose]
+            moving.append(f"{chosen['revision']} of {chosen['name']}")
+    if not missing:
+        return None
+    return (
+        f"not pinned: {', '.join(missing)}; the run takes what {', '.join(moving)} is on the day,"
+        " set them to keep it"
+    )
+
+
 def is_gguf(path: str | None) -> bool:
     """Whether a model's path names a GGUF file and not a folder."""
     return bool(path) and str(path).lower().endswith(".gguf")
