@@ -183,6 +183,32 @@ def test_keys_that_another_makes_idle_do_not_count() -> None:
     assert config["dataset"]["name"] == CONFIG["dataset"]["name"]
 
 
+def test_numbers_are_spelled_one_way_and_defaults_filled_in() -> None:
+    config = overlaid({"train": {"alpha": 16.0, "rank": 8.0, "dropout": 0}, "quantize": {"q8_0": {"type": "Q8_0"}}})
+    config["task"]["template_options"] = {"threshold": 1.0}
+    check_config(config, SCHEMA)
+    assert repr([config["train"][key] for key in ("alpha", "rank", "dropout", "learning_rate")]) == "[16, 8, 0, 0.0002]"
+    assert config["quantize"]["q8_0"] == {"type": "Q8_0", "pure": False}
+    assert repr(config["task"]["template_options"]["threshold"]) == "1.0", "a template prints it"
+
+
+@pytest.mark.parametrize(
+    ("train", "idle"),
+    [
+        ({"batch_tokens": 4096}, {"batch_size"}),
+        ({"batch_tokens": 4096, "eval_every": None}, {"batch_size", "eval_limit", "metric", "patience"}),
+        ({"eval_every": None}, {"eval_limit", "metric", "patience"}),
+        ({}, set()),
+    ],
+)  # fmt: skip
+def test_idle_keys_of_training_do_not_count(train: dict[str, Any], idle: set[str]) -> None:
+    config = overlaid({"train": train})
+    before = copy.deepcopy(config["train"])
+    drop_idle(config)
+    assert {key for key in before if config["train"][key] != before[key]} == idle
+    assert all(config["train"][key] is None for key in idle)
+
+
 def test_parts_of_a_hubs_dataset_are_idle_beside_files() -> None:
     config = copy.deepcopy(CONFIG)
     config["dataset"].update(files={"all": "a.csv"}, subset="x", splits={"train": "train"})

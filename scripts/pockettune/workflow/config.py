@@ -40,7 +40,8 @@ def check_config(config: Config, schema: dict[str, Any]) -> None:
     """Raise UserError naming every fault of `config`; first mend what YAML and merging leave.
 
     Keys of `task.labels` become text (YAML reads an unquoted 0 as a number), and entries of
-    `quantize` and `task.labels` that a run file sets to null are dropped.
+    `quantize` and `task.labels` that a run file sets to null are dropped. Afterwards numbers are
+    spelled one way and keys that were left out have their default, so that neither is a reason to rerun.
     """
     _normalise(config)
     errors = sorted(Draft202012Validator(schema).iter_errors(config), key=lambda e: list(e.path))
@@ -49,6 +50,7 @@ def check_config(config: Config, schema: dict[str, Any]) -> None:
         faults = list(_contradictions(config))
     if faults:
         raise UserError(f"config: {list_faults(faults)}")
+    config.update(_spell_alike(config, schema))
 
 
 def unpin_others(config: Config, own: Config, given: Config) -> str | None:
@@ -108,9 +110,13 @@ def check_files(paths: dict[str, str]) -> None:
 
 def drop_idle(config: Config) -> None:
     """Set to null, or drop, what another key makes idle, so that changing it is no reason to rerun."""
-    model, dataset = config["model"], config["dataset"]
-    if config["train"]["adapter"]:
-        config["train"] = {"adapter": config["train"]["adapter"]}
+    model, dataset, train = config["model"], config["dataset"], config["train"]
+    if train["batch_tokens"]:
+        train["batch_size"] = None
+    if train["eval_every"] is None:
+        train.update(eval_limit=None, metric=None, patience=None)
+    if train["adapter"]:
+        config["train"] = {"adapter": train["adapter"]}
     if model["path"]:
         model.update(name=None, revision=None, sha256=None)
     if dataset["files"]:
@@ -140,6 +146,26 @@ def _normalise(config: Config) -> None:
     if isinstance(task, dict) and isinstance(task.get("labels"), dict):
         labels = task["labels"].items()
         task["labels"] = {str(key): value for key, value in labels if value is not None}
+
+
+def _spell_alike(value: Any, schema: dict[str, Any]) -> Any:
+    """Return a valid value with 16.0 as 16, where the schema has a number, and with defaults filled in.
+
+    A key that may be text too is left alone: a chat template prints its 16.0 as it is.
+    """
+    if isinstance(value, dict):
+        known = schema.get("properties", {})
+        others = schema.get("additionalProperties")
+        others = others if isinstance(others, dict) else {}
+        defaults = {key: rules["default"] for key, rules in known.items() if "default" in rules}
+        return {
+            key: _spell_alike(entry, known.get(key, others))
+            for key, entry in (defaults | value).items()
+        }
+    types = schema.get("type")
+    types = {types} if isinstance(types, str) else set(types or ())
+    is_number = bool(types) and types <= {"number", "integer", "null"}
+    return int(value) if is_number and isinstance(value, float) and value.is_integer() else value
 
 
 def _describe(error: ValidationError) -> Iterator[str]:
