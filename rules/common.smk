@@ -22,8 +22,8 @@ from pockettune.workflow.config import (
     drop_idle,
     is_gguf,
     set_environment,
-    unpin_others,
 )
+from pockettune.workflow.pins import check_fetched, pinned_files, unpin_others
 from pockettune.common.errors import UserError
 from pockettune.workflow.imports import imported_files
 
@@ -70,7 +70,9 @@ except UserError as error:
 if NOT_PINNED and workflow.is_main_process:
     print(f"warning: {NOT_PINNED}", file=sys.stderr)
 drop_idle(config)
-set_environment(config["hub"])
+# No rule's parameter: a checksum that is pinned or dropped later changes nothing that was made.
+PINS = pinned_files(config["model"].pop("sha256"))
+set_environment(config["hub"], PINS)
 OWN_ADAPTER = config["train"]["adapter"]
 GGUF_BASE = is_gguf(config["model"]["path"])
 VARIANTS = sorted(config["quantize"])
@@ -257,6 +259,11 @@ def repeat_errors(snakemake_logs):
 
 
 BASE_MODEL = base_model()
+try:
+    check_fetched(Path(BASE_MODEL), PINS)
+except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
 CONVERTER = f"resources/llama.cpp-{LLAMA_CPP_PYTHON}"
 # What is made of Python packages for this config, and the archives that rules take things out of:
 # for the offline bundle.

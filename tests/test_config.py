@@ -1,6 +1,7 @@
 """config.yaml, its schema, and what a user is told about a mistake in it."""
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import yaml
 
 from conftest import ROOT
 from pockettune.common.errors import UserError
-from pockettune.workflow.config import check_config, check_files, drop_idle, unpin_others
+from pockettune.workflow.config import check_config, check_files, drop_idle
+from pockettune.workflow.pins import check_fetched, pinned_files, unpin_others
 
 SCHEMA = yaml.safe_load((ROOT / "schemas/config.schema.yaml").read_text())
 CONFIG = yaml.safe_load((ROOT / "config.yaml").read_text())
@@ -73,6 +75,21 @@ def test_checksum_alone_is_missing() -> None:
 )
 def test_own_names_and_local_files_need_no_other_pins(given: dict[str, Any]) -> None:
     assert unpin_others(overlaid(given), CONFIG, given) is None
+
+
+def test_checksum_pinned_after_the_model_was_fetched(tmp_path: Path) -> None:
+    check_fetched(tmp_path / "absent", pinned_files("0" * 64))
+    source = {"origin": "a/b@main", "sha256": {"model.safetensors": "1" * 64}}
+    (tmp_path / "source.json").write_text(json.dumps(source))
+    check_fetched(tmp_path, pinned_files(None))
+    check_fetched(tmp_path, pinned_files("1" * 64))
+    with pytest.raises(UserError) as caught:
+        check_fetched(tmp_path, pinned_files({"a.safetensors": "0" * 64}))
+    assert str(caught.value) == (
+        f"config: model.sha256 does not fit {tmp_path}: a.safetensors has no such file, pinned is"
+        f" {'0' * 64}; model.safetensors has {'1' * 64}, pinned is none; correct it, or remove the"
+        " folder to fetch the model anew"
+    )
 
 
 def test_config_is_valid() -> None:
@@ -184,10 +201,18 @@ def test_keys_that_another_makes_idle_do_not_count() -> None:
 
 
 def test_numbers_are_spelled_one_way_and_defaults_filled_in() -> None:
-    config = overlaid({"train": {"alpha": 16.0, "rank": 8.0, "dropout": 0}, "quantize": {"q8_0": {"type": "Q8_0"}}})
+    config = overlaid(
+        {
+            "train": {"alpha": 16.0, "rank": 8.0, "dropout": 0},
+            "quantize": {"q8_0": {"type": "Q8_0"}},
+        }
+    )
     config["task"]["template_options"] = {"threshold": 1.0}
     check_config(config, SCHEMA)
-    assert repr([config["train"][key] for key in ("alpha", "rank", "dropout", "learning_rate")]) == "[16, 8, 0, 0.0002]"
+    assert (
+        repr([config["train"][key] for key in ("alpha", "rank", "dropout", "learning_rate")])
+        == "[16, 8, 0, 0.0002]"
+    )
     assert config["quantize"]["q8_0"] == {"type": "Q8_0", "pure": False}
     assert repr(config["task"]["template_options"]["threshold"]) == "1.0", "a template prints it"
 

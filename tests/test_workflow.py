@@ -288,6 +288,15 @@ def test_change_reruns_what_depends_on_it(change: str, checkout: Path) -> None:
     assert planned(checkout) == expected
 
 
+def test_checksum_of_a_model_is_no_reason_to_rerun(checkout: Path, tmp_path: Path) -> None:
+    run_file, pin = tmp_path / "pinned.yaml", "1" * 64
+    run_file.write_text(yaml.safe_dump({"model": {"name": "a/b", "sha256": pin}}))
+    result = run_snakemake(checkout, "--dry-run", "--printshellcmds", "--configfile", str(run_file))
+    assert result.returncode == 0, result.stdout[-2000:]
+    assert "fetch_model.py --settings" in result.stdout and pin not in result.stdout
+    assert result.stdout.count("warning: not pinned: model.revision; ") == 1
+
+
 def test_readme_states_the_same_table() -> None:
     from conftest import ROOT
 

@@ -103,7 +103,7 @@ def load_config(root: Path, run_files: Iterable[Path]) -> Config:
     import yaml
     from snakemake.utils import update_config
 
-    from pockettune.workflow.config import unpin_others
+    from pockettune.workflow.pins import unpin_others
 
     layers: list[Config] = []
     for path in [root / "config.yaml", *run_files]:
@@ -142,12 +142,15 @@ def check_settings(run: Run) -> list[Finding]:
     import yaml
 
     from pockettune.workflow.config import check_config, check_files
+    from pockettune.workflow.pins import check_fetched, pinned_files
 
     schema = yaml.safe_load(run.path("schemas/config.schema.yaml").read_text(encoding="utf-8"))
     config = run.settings
     try:
         check_config(config, schema)
         check_files({key: str(run.path(path)) for key, path in local_files(config).items()})
+        if not config["model"]["path"]:
+            check_fetched(run.base, pinned_files(config["model"]["sha256"]))
     except UserError as error:
         return [Finding("config", "problem", str(error), "mend the run file or config.yaml")]
     return [Finding("config", "ok", f"valid; results in {run.results.relative_to(run.root)}")]

@@ -1,6 +1,7 @@
 """Checks config.yaml against its schema and says what is wrong in a user's words."""
 
 import difflib
+import json
 import os
 import re
 import sys
@@ -53,34 +54,6 @@ def check_config(config: Config, schema: dict[str, Any]) -> None:
     config.update(_spell_alike(config, schema))
 
 
-def unpin_others(config: Config, own: Config, given: Config) -> str | None:
-    """Let the pins of config.yaml, `own`, count for its own model and dataset alone.
-
-    Another name takes revision main and no checksum, unless `given`, what is laid over config.yaml,
-    has them. Returns a warning that names what is not pinned. Leaves a malformed section as it is.
-    """
-    missing, moving = [], []
-    for section, local, pins in (
-        ("model", "path", {"revision": "main", "sha256": None}),
-        ("dataset", "files", {"revision": "main"}),
-    ):
-        chosen, over = config.get(section), given.get(section)
-        if not isinstance(chosen, dict) or not isinstance(over, dict):
-            continue
-        if chosen.get(local) or chosen.get("name") == own[section]["name"]:
-            continue
-        if loose := {key: value for key, value in pins.items() if key not in over}:
-            chosen.update(loose)
-            missing += [f"{section}.{key}" for key in loose]
-            moving.append(f"{chosen['revision']} of {chosen['name']}")
-    if not missing:
-        return None
-    return (
-        f"not pinned: {', '.join(missing)}; the run takes what {', '.join(moving)} is on the day,"
-        " set them to keep it"
-    )
-
-
 def is_gguf(path: str | None) -> bool:
     """Whether a model's path names a GGUF file and not a folder."""
     return bool(path) and str(path).lower().endswith(".gguf")
@@ -125,16 +98,18 @@ def drop_idle(config: Config) -> None:
         dataset["split"] = None
 
 
-def set_environment(hub: dict[str, Any]) -> None:
+def set_environment(hub: dict[str, Any], pins: dict[str, str]) -> None:
     """Set what the programs find in their environment.
 
     PATH: the interpreter that runs Snakemake comes first, so that a virtual environment need not
     be activated; a rule's conda environment still comes before it. Where to fetch from, and who gets
-    the token: as a parameter of a rule it would be a reason to rerun.
+    the token, and the checksums that fetched weights must have: as a parameter of a rule it would be
+    a reason to rerun.
     """
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     os.environ["POCKETTUNE_HUB_SOURCES"] = " ".join(hub["sources"])
     os.environ["POCKETTUNE_SEND_TOKEN_TO"] = " ".join(hub["send_token_to"])
+    os.environ["POCKETTUNE_MODEL_SHA256"] = json.dumps(pins)
 
 
 def _normalise(config: Config) -> None:
