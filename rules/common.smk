@@ -178,14 +178,18 @@ def model_label():
 
 
 def base_model():
-    """Return the folder of the base model, which holds its revision or a digest of its path."""
+    """Return the folder of the base model, by its revision or a digest of its path.
+
+    A hub's lies in a folder of its owner: others publish models of the same name.
+    """
     path, template = config["model"]["path"], config["model"]["chat_template"]
     version = (
         hashlib.sha256(f"{path}{template or ''}".encode()).hexdigest()
         if path
         else config["model"]["revision"]
     )
-    return f"resources/models/{model_label()}@{version[:12]}"
+    owner = "" if path else config["model"]["name"].split("/")[0] + "/"
+    return f"resources/models/{owner}{model_label()}@{version[:12]}"
 
 
 def model_files():

@@ -63,7 +63,11 @@ def test_model_comes_whole_and_without_code(
     }
     assert not any("onnx" in line or ".py" in line or ".bin" in line for line in hub.ranges)
     recorded = json.loads((tmp_path / "model/source.json").read_text())
-    assert recorded == {"origin": f"{NAME}@{COMMIT}", "sha256": {"model.safetensors": digest}}
+    assert recorded == {
+        "origin": f"{NAME}@{COMMIT}",
+        "name": NAME,
+        "sha256": {"model.safetensors": digest},
+    }
 
 
 def test_byte_flipped_on_the_way_is_noticed_and_mended(

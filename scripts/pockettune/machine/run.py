@@ -64,7 +64,8 @@ class Run:
         )
         path = Path(model["path"] or model["name"])
         label = path.stem if path.suffix == ".gguf" and model["path"] else path.name
-        return self.path(f"resources/models/{label}@{version[:12]}")
+        owner = "" if model["path"] else model["name"].split("/")[0] + "/"
+        return self.path(f"resources/models/{owner}{label}@{version[:12]}")
 
     @property
     def converter_version(self) -> str:
