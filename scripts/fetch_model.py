@@ -7,6 +7,7 @@ Output  a folder with config.json, *.safetensors, the tokenizer's files and sour
 
 import argparse
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,32 +27,38 @@ def fetch_model(model: Mapping[str, Any], downloads: Path, output: Path) -> None
         check_links(source)
         check_model_folder(source)
         needed = sum(map(disk.used_bytes, safe_files(source)))
-        place_model(source, output, origin=model["path"], place=shutil.copyfile, needed=needed)
+        place_model(
+            source, output, origin=model["path"], name=None, place=shutil.copyfile, needed=needed
+        )
         return
     name, revision = model["name"], model["revision"]
-    pins = pinned_files(model)
-    with hub.repository("model", name, revision, downloads, pins=pins, keep=False) as source:
+    with hub.repository(
+        "model", name, revision, downloads, pins=pinned_files(), keep=False
+    ) as source:
         check_model_folder(source)
-        place_model(source, output, origin=f"{name}@{revision}", place=link_or_copy)
+        place_model(source, output, origin=f"{name}@{revision}", name=name, place=link_or_copy)
 
 
-def pinned_files(model: Mapping[str, Any]) -> dict[str, str]:
-    """Return the SHA-256 that each weights file must have; none where nothing is pinned."""
-    pinned = model["sha256"] or {}
-    return {"model.safetensors": pinned} if isinstance(pinned, str) else dict(pinned)
+def pinned_files() -> dict[str, str]:
+    """Return the SHA-256 that each weights file must have; none where nothing is pinned.
+
+    Of the environment, where rules/common.smk puts it: a parameter of the rule would fetch anew.
+    """
+    return dict(json.loads(os.environ.get("POCKETTUNE_MODEL_SHA256", "{}")))
 
 
 def place_model(
-    source: Path, output: Path, *, origin: str,
+    source: Path, output: Path, *, origin: str, name: str | None,
     place: Callable[[Path, Path], object], needed: int | None = None,
 ) -> None:  # fmt: skip
-    """Give the model's safe files their place in `output`, with source.json."""
+    """Give the model's safe files their place in `output`, with source.json; `name` is the hub's."""
     with program.staged(output, needed) as partial:
         partial.mkdir()
         for path in safe_files(source):
             place(path, partial / path.name)
         checksums = {path.name: sha256(path) for path in weight_files(partial)}
-        program.write_json(partial / "source.json", {"origin": origin, "sha256": checksums})
+        told = {"origin": origin, "name": name, "sha256": checksums}
+        program.write_json(partial / "source.json", told)
     program.logger.info("model of %s in %s", origin, output)
 
 

@@ -30,7 +30,7 @@ from pockettune.common.errors import UserError
 from pockettune.data.prompts import Examples, take_evenly
 from pockettune.evaluation import calibration, metrics
 from pockettune.models.adapters import add_adapter
-from pockettune.models.folder import load_model, weight_files
+from pockettune.models.folder import load_model, published_name, weight_files
 from pockettune.runtimes import packing
 from pockettune.runtimes.memory import memory_hint
 from pockettune.tasks import load_task
@@ -90,6 +90,7 @@ def train_adapter(
     )
     with program.staged(output) as partial:
         model.save_pretrained(partial)  # type: ignore[operator]  # PEFT wraps a Module
+        name_base(partial, base)
         summary = {
             "examples": len(examples),
             "trainable_parameters": trainable,
@@ -104,6 +105,17 @@ def train_adapter(
         program.write_json(partial / "training.json", summary)
     program.remove(checkpoint)
     program.logger.info("loss %.4f after %d updates", state.updates[-1]["loss"], len(state.updates))
+
+
+def name_base(adapter: Path, base: Path) -> None:
+    """Let a saved adapter name its base as others know it, not by its folder on this machine.
+
+    Not before it is saved: PEFT would ask the hub for that name's config.json.
+    """
+    path = adapter / "adapter_config.json"
+    config = program.read_json(path)
+    program.write_json(path, config | {"base_model_name_or_path": published_name(base)})
+    program.remove(adapter / "README.md")  # PEFT's unfilled form, which names the folder too
 
 
 def make_validator(settings: Mapping[str, Any], tokens: Path, updates: int) -> Validator | None:

@@ -1,6 +1,7 @@
 """config.yaml, its schema, and what a user is told about a mistake in it."""
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import yaml
 from conftest import ROOT
 from pockettune.common.errors import UserError
 from pockettune.workflow.config import check_config, check_files, drop_idle
+from pockettune.workflow.pins import check_fetched, pinned_files, unpin_others
 
 SCHEMA = yaml.safe_load((ROOT / "schemas/config.schema.yaml").read_text())
 CONFIG = yaml.safe_load((ROOT / "config.yaml").read_text())
@@ -22,6 +24,72 @@ def merged(run: Path) -> dict[str, Any]:
     config = copy.deepcopy(CONFIG)
     update_config(config, yaml.safe_load(run.read_text()))
     return config
+
+
+def overlaid(given: dict[str, Any]) -> dict[str, Any]:
+    """Return config.yaml with `given` over it, its pins where they belong."""
+    from snakemake.utils import update_config
+
+    config = copy.deepcopy(CONFIG)
+    update_config(config, given)
+    return config
+
+
+def test_another_name_takes_none_of_the_pins_of_config_yaml() -> None:
+    given = {"model": {"name": "a/b"}, "dataset": {"name": "c/d"}}
+    config = overlaid(given)
+    message = unpin_others(config, CONFIG, given)
+    assert (config["model"]["revision"], config["model"]["sha256"]) == ("main", None)
+    assert config["dataset"]["revision"] == "main"
+    assert message == (
+        "not pinned: model.revision, model.sha256, dataset.revision; the run takes what main of a/b,"
+        " main of c/d is on the day, set them to keep it"
+    )
+    check_config(config, SCHEMA)
+
+
+def test_pins_of_a_run_file_are_kept_though_they_are_those_of_config_yaml() -> None:
+    given = {"model": {**CONFIG["model"], "name": "a/copy"}}
+    config = overlaid(given)
+    assert unpin_others(config, CONFIG, given) is None
+    assert config["model"] == given["model"]
+
+
+def test_checksum_alone_is_missing() -> None:
+    given = {"model": {"name": "a/b", "revision": "v1"}}
+    config = overlaid(given)
+    assert unpin_others(config, CONFIG, given) == (
+        "not pinned: model.sha256; the run takes what v1 of a/b is on the day, set them to keep it"
+    )
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"model": {"name": CONFIG["model"]["name"]}, "train": {"rank": 4}},
+        {"model": {"name": "a/b", "path": "data/base"}},
+        {"dataset": {"name": "a/b", "files": {"all": "a.csv"}}},
+        {"model": None, "dataset": 7},
+    ],
+)
+def test_own_names_and_local_files_need_no_other_pins(given: dict[str, Any]) -> None:
+    assert unpin_others(overlaid(given), CONFIG, given) is None
+
+
+def test_checksum_pinned_after_the_model_was_fetched(tmp_path: Path) -> None:
+    check_fetched(tmp_path / "absent", pinned_files("0" * 64))
+    source = {"origin": "a/b@main", "sha256": {"model.safetensors": "1" * 64}}
+    (tmp_path / "source.json").write_text(json.dumps(source))
+    check_fetched(tmp_path, pinned_files(None))
+    check_fetched(tmp_path, pinned_files("1" * 64))
+    with pytest.raises(UserError) as caught:
+        check_fetched(tmp_path, pinned_files({"a.safetensors": "0" * 64}))
+    assert str(caught.value) == (
+        f"config: model.sha256 does not fit {tmp_path}: a.safetensors has no such file, pinned is"
+        f" {'0' * 64}; model.safetensors has {'1' * 64}, pinned is none; correct it, or remove the"
+        " folder to fetch the model anew"
+    )
 
 
 def test_config_is_valid() -> None:
@@ -131,6 +199,40 @@ def test_keys_that_another_makes_idle_do_not_count() -> None:
     assert config["model"] == {**idle, "path": "my/model", "chat_template": None}
     assert config["dataset"]["split"] is None
     assert config["dataset"]["name"] == CONFIG["dataset"]["name"]
+
+
+def test_numbers_are_spelled_one_way_and_defaults_filled_in() -> None:
+    config = overlaid(
+        {
+            "train": {"alpha": 16.0, "rank": 8.0, "dropout": 0},
+            "quantize": {"q8_0": {"type": "Q8_0"}},
+        }
+    )
+    config["task"]["template_options"] = {"threshold": 1.0}
+    check_config(config, SCHEMA)
+    assert (
+        repr([config["train"][key] for key in ("alpha", "rank", "dropout", "learning_rate")])
+        == "[16, 8, 0, 0.0002]"
+    )
+    assert config["quantize"]["q8_0"] == {"type": "Q8_0", "pure": False}
+    assert repr(config["task"]["template_options"]["threshold"]) == "1.0", "a template prints it"
+
+
+@pytest.mark.parametrize(
+    ("train", "idle"),
+    [
+        ({"batch_tokens": 4096}, {"batch_size"}),
+        ({"batch_tokens": 4096, "eval_every": None}, {"batch_size", "eval_limit", "metric", "patience"}),
+        ({"eval_every": None}, {"eval_limit", "metric", "patience"}),
+        ({}, set()),
+    ],
+)  # fmt: skip
+def test_idle_keys_of_training_do_not_count(train: dict[str, Any], idle: set[str]) -> None:
+    config = overlaid({"train": train})
+    before = copy.deepcopy(config["train"])
+    drop_idle(config)
+    assert {key for key in before if config["train"][key] != before[key]} == idle
+    assert all(config["train"][key] is None for key in idle)
 
 
 def test_parts_of_a_hubs_dataset_are_idle_beside_files() -> None:

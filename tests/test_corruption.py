@@ -23,7 +23,7 @@ from pockettune.common.errors import UserError
 from pockettune.models.folder import check_model_folder, load_model
 
 NAME = "somebody/tiny"
-MODEL = {"name": NAME, "revision": COMMIT, "sha256": None, "path": None}
+MODEL = {"name": NAME, "revision": COMMIT, "path": None}
 TASK = json.loads(LINEAGE)["task"]
 
 

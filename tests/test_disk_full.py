@@ -117,7 +117,7 @@ OUTPUTS = {"fetch_model.py": "model", "merge_adapter.py": "merged", "convert_mod
 
 def steps(model: Path, folder: Path) -> dict[str, list[str | Path]]:
     """Return each program's options but --output and --log."""
-    origin = {"name": None, "revision": None, "sha256": None, "path": str(model)}
+    origin = {"name": None, "revision": None, "path": str(model)}
     return {
         "fetch_model.py": ["--settings", json.dumps({"model": origin}), "--downloads", folder / "x"],
         "merge_adapter.py": ["--base", model, "--adapter", folder / "adapter"],

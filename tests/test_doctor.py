@@ -197,6 +197,16 @@ def test_folders_are_those_of_the_rules() -> None:
             assert re.search(rf"{re.escape(str(path.relative_to(ROOT)))}(?![\w.-])", planned)
 
 
+def test_models_of_one_name_and_two_owners_have_two_folders() -> None:
+    config = runs.load_config(ROOT, [])
+    folders = []
+    for owner in ("Qwen", "unsloth"):
+        config["model"]["name"] = f"{owner}/X"
+        folders.append(Run(ROOT, config).base)
+    assert folders[0] != folders[1]
+    assert folders[0].name == folders[1].name, "an adapter of one may be meant for its copy"
+
+
 # --- Libraries that do not work ---
 
 BROKEN = {

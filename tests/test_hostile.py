@@ -38,7 +38,7 @@ class Pwned:
 
 
 def local(folder: Path) -> dict[str, Any]:
-    return {"name": None, "revision": None, "sha256": None, "path": str(folder)}
+    return {"name": None, "revision": None, "path": str(folder)}
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ TASK = {
 
 
 def model_settings(**changes: Any) -> dict[str, Any]:
-    return {"name": NAME, "revision": COMMIT, "sha256": None, "path": None} | changes
+    return {"name": NAME, "revision": COMMIT, "path": None} | changes
 
 
 @pytest.fixture
@@ -53,7 +53,9 @@ def test_model_comes_whole_and_without_code(
     digest = sha256(repository / "model.safetensors")
     with serve(repository, NAME) as hub:
         monkeypatch.setenv("POCKETTUNE_HUB_SOURCES", hub.entry(source))
-        fetch_model(model_settings(sha256=digest), tmp_path / "downloads", tmp_path / "model")
+        pins = json.dumps({"model.safetensors": digest})
+        monkeypatch.setenv("POCKETTUNE_MODEL_SHA256", pins)
+        fetch_model(model_settings(), tmp_path / "downloads", tmp_path / "model")
     for name in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "model" / name).read_bytes() == (repository / name).read_bytes()
     assert not {"modeling_evil.py", "pytorch_model.bin", "onnx"} & {
@@ -61,7 +63,11 @@ def test_model_comes_whole_and_without_code(
     }
     assert not any("onnx" in line or ".py" in line or ".bin" in line for line in hub.ranges)
     recorded = json.loads((tmp_path / "model/source.json").read_text())
-    assert recorded == {"origin": f"{NAME}@{COMMIT}", "sha256": {"model.safetensors": digest}}
+    assert recorded == {
+        "origin": f"{NAME}@{COMMIT}",
+        "name": NAME,
+        "sha256": {"model.safetensors": digest},
+    }
 
 
 def test_byte_flipped_on_the_way_is_noticed_and_mended(
@@ -83,8 +89,10 @@ def test_other_weights_than_the_pinned_are_refused(
 ) -> None:
     with serve(repository, NAME) as hub:
         monkeypatch.setenv("POCKETTUNE_HUB_SOURCES", hub.entry(source))
+        pins = json.dumps({"model.safetensors": "0" * 64})
+        monkeypatch.setenv("POCKETTUNE_MODEL_SHA256", pins)
         with pytest.raises(UserError, match=r"model\.sha256 is 0000.*not the pinned weights"):
-            fetch_model(model_settings(sha256="0" * 64), tmp_path / "downloads", tmp_path / "model")
+            fetch_model(model_settings(), tmp_path / "downloads", tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
 

@@ -93,7 +93,7 @@ def test_run_without_a_network(bundle: Path, no_network: Path, tmp_path: Path) -
     assert result.returncode == 0, result.stdout[-3000:]
     assert not no_network.exists(), no_network.read_text()
     assert (checkout / f"resources/{CONVERTER.name}/convert_hf_to_gguf.py").exists()
-    weights = f"resources/models/tiny@{COMMIT[:12]}/model.safetensors"
+    weights = f"resources/models/{NAME}@{COMMIT[:12]}/model.safetensors"
     assert sha256(checkout / weights) == sha256(bundle.parents[2] / weights)
     again = run_snakemake(checkout, *TINY, "--dry-run", "--", "results/tiny/tokens")
     assert "Nothing to be done" in again.stdout
@@ -277,7 +277,7 @@ def test_bundle_of_another_config_is_told_by_the_fetch(bundle: Path, tmp_path: P
     other = {"model": RUN["model"] | {"name": "a/b"}, "hub": {"sources": ["http://127.0.0.1:9"]}}  # type: ignore[operator]
     checkout = make_checkout(tmp_path / "checkout", **other)
     assert unpack(bundle, checkout).returncode == 0
-    result = run_snakemake(checkout, *TINY, "--", f"resources/models/b@{COMMIT[:12]}")
+    result = run_snakemake(checkout, *TINY, "--", f"resources/models/a/b@{COMMIT[:12]}")
     assert result.returncode != 0
     (line,) = {line for line in result.stdout.splitlines() if line.startswith("error: ")}
     held = f"resources/offline holds datasets--somebody--tiny@{COMMIT}, models--somebody--tiny@{COMMIT}, this config needs models--a--b@{COMMIT}"  # fmt: skip
@@ -289,7 +289,7 @@ def test_bundle_that_changed_after_it_was_unpacked(bundle: Path, tmp_path: Path)
     assert unpack(bundle, checkout).returncode == 0
     (weights,) = (checkout / "resources/offline/hub").glob("models--*/model.safetensors")
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    result = run_snakemake(checkout, *TINY, "--", f"resources/models/tiny@{COMMIT[:12]}")
+    result = run_snakemake(checkout, *TINY, "--", f"resources/models/{NAME}@{COMMIT[:12]}")
     assert "model.safetensors changed since it was unpacked; unpack the bundle again" in result.stdout  # fmt: skip
 
 
@@ -297,7 +297,7 @@ def test_pinned_checksum_holds_for_a_bundle_too(bundle: Path, tmp_path: Path) ->
     pinned = RUN["model"] | {"sha256": "0" * 64}  # type: ignore[operator]
     checkout = make_checkout(tmp_path / "checkout", model=pinned)
     assert unpack(bundle, checkout).returncode == 0
-    result = run_snakemake(checkout, *TINY, "--", f"resources/models/tiny@{COMMIT[:12]}")
+    result = run_snakemake(checkout, *TINY, "--", f"resources/models/{NAME}@{COMMIT[:12]}")
     assert result.returncode != 0 and "these are not the pinned weights" in result.stdout
 
 

@@ -19,7 +19,7 @@ from pockettune.common.checksums import sha256
 from pockettune.sources import hub as hub_module
 
 NAME = "somebody/tiny"
-MODEL = {"name": NAME, "revision": COMMIT, "sha256": None, "path": None}
+MODEL = {"name": NAME, "revision": COMMIT, "path": None}
 WEIGHTS = "model.safetensors"
 
 
@@ -49,9 +49,11 @@ def guard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def fetch(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, *sources: str, stall: float = 30, **model: object
-) -> subprocess.CompletedProcess[str]:
+    folder: Path, monkeypatch: pytest.MonkeyPatch, *sources: str,
+    stall: float = 30, pins: dict[str, str] | None = None, **model: object,
+) -> subprocess.CompletedProcess[str]:  # fmt: skip
     """Run fetch_model.py as its rule does."""
+    monkeypatch.setenv("POCKETTUNE_MODEL_SHA256", json.dumps(pins or {}))
     monkeypatch.setenv("POCKETTUNE_HUB_SOURCES", " ".join(sources))
     monkeypatch.setenv("POCKETTUNE_STALL_SECONDS", str(stall))
     return run_program("fetch_model.py", "--settings", json.dumps({"model": MODEL | model}), "--downloads",
@@ -218,7 +220,7 @@ def test_pinned_weights_hold_whichever_answers(
         (hub.folder / WEIGHTS).write_bytes(content)
     third.revisions.remove(COMMIT)
     entries = [first.address, second.entry("modelscope"), third.entry("modelscope")]
-    result = fetch(tmp_path, monkeypatch, *entries, sha256=digest)
+    result = fetch(tmp_path, monkeypatch, *entries, pins={WEIGHTS: digest})
     assert result.returncode == 0, result.stdout
     assert result.stdout.count("these are not the pinned weights; trying") == 2
     assert "does not know the commit" in result.stdout
@@ -234,11 +236,11 @@ def test_every_file_of_weights_in_parts_is_pinned(
     second = hub.folder / "model-2.safetensors"
     shutil.copy(hub.folder / WEIGHTS, second)
     digest = sha256(second)
-    result = fetch(tmp_path, monkeypatch, hub.address, sha256=digest)
+    result = fetch(tmp_path, monkeypatch, hub.address, pins={WEIGHTS: digest})
     assert result.returncode == 2
     assert f"pins {WEIGHTS}, its weights are model-2.safetensors: {digest}" in result.stdout
     pins = {WEIGHTS: digest, second.name: digest}
-    assert fetch(tmp_path, monkeypatch, hub.address, sha256=pins).returncode == 0
+    assert fetch(tmp_path, monkeypatch, hub.address, pins=pins).returncode == 0
 
 
 def test_mirror_with_another_commit_is_left(

@@ -70,7 +70,7 @@ def assert_clean(text: str) -> None:
 
 
 def fetch(folder: Path, log: Path) -> subprocess.CompletedProcess[str]:
-    settings = {"model": {"name": NAME, "revision": COMMIT, "sha256": None, "path": None}}
+    settings = {"model": {"name": NAME, "revision": COMMIT, "path": None}}
     return run_program("fetch_model.py", "--settings", json.dumps(settings), "--downloads",
                        folder / "downloads", "--output", folder / "model", "--log", log)  # fmt: skip
 

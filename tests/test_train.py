@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from pockettune.common.errors import UserError
 from pockettune.data.prompts import Example, write_examples
 from pockettune.evaluation import calibration
 from pockettune.evaluation.scoring import score_answers
-from pockettune.models.adapters import add_adapter
+from pockettune.models.adapters import add_adapter, check_adapter
 from pockettune.models.folder import load_model
 from pockettune.runtimes.memory import is_out_of_memory
 from pockettune.runtimes.packing import ATTENTION, next_token_logits
@@ -81,6 +82,27 @@ def losses(summary: dict[str, Any]) -> list[float]:
 
 def weights(folder: Path) -> bytes:
     return (folder / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [({"name": "somebody/tiny", "sha256": {}}, "somebody/tiny"), ({"sha256": {}}, "tiny"), (None, "tiny")],
+)  # fmt: skip
+def test_adapter_names_its_base_as_others_know_it(
+    source: dict[str, Any] | None, name: str, tiny_model: Path, tokens: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "resources/models/tiny@0123456789ab"
+    shutil.copytree(tiny_model, base)
+    if source:
+        (base / "source.json").write_text(json.dumps(source))
+    train(base, tokens, tmp_path / "adapter", epochs=1)
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == name
+    texts = [
+        p.read_text() for p in (tmp_path / "adapter").iterdir() if p.suffix in (".json", ".md")
+    ]
+    assert not any("resources/models" in text for text in texts)
+    check_adapter(tmp_path / "adapter", base)
 
 
 def test_loss_falls_and_the_same_settings_give_the_same_bytes(

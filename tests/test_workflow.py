@@ -32,6 +32,7 @@ FROM_TOKENIZE = {
     **FROM_TRAIN,
 }
 FROM_DATASET = {"fetch_dataset": 1, **FROM_TOKENIZE}
+FROM_MODEL = {"fetch_model": 1, **FROM_TOKENIZE}
 
 
 def planned(folder: Path, *arguments: str) -> dict[str, int]:
@@ -49,7 +50,7 @@ def planned(folder: Path, *arguments: str) -> dict[str, int]:
 @pytest.fixture
 def checkout(finished_run: Path) -> Iterator[Path]:
     """The finished run, its text files put back afterwards."""
-    names = ["config.yaml", "runs/small.yaml", "data/test.csv"]
+    names = ["config.yaml", "runs/small.yaml", "data/test.csv", "data/base/generation_config.json"]
     paths = [finished_run / n for n in names] + sorted((finished_run / "scripts").rglob("*.py"))
     before = {path: path.read_bytes() for path in paths}
     yield finished_run
@@ -258,6 +259,8 @@ REBUILDS: dict[str, tuple[Callable[[Path], object], dict[str, int]]] = {
     "hub.send_token_to": (edit_run("hub", send_token_to=["hub.example.org"]), {}),
     "dataset.subset, idle beside files": (edit_run("dataset", subset="x"), {}),
     "model.name, idle beside a path": (edit_run("model", name="a/b"), {}),
+    "numbers spelled another way": (edit_run("train", alpha=16.0, batch_size=32.0, epochs=2.0), {}),
+    "a default spelled out": (edit_run("quantize", q8_0={"type": "Q8_0", "pure": False}), {}),
     "report.title": (edit_run("report", title="x"), {"report": 1, "all": 1}),
     "evaluate.limit": (edit_run("evaluate", limit=50), EVALUATION),
     "evaluate.pytorch_limit": (edit_run("evaluate", pytorch_limit=50),
@@ -275,6 +278,7 @@ REBUILDS: dict[str, tuple[Callable[[Path], object], dict[str, int]]] = {
     "task.template_options": (edit_run("task", template_options={"a": True}), FROM_TOKENIZE),
     "dataset.label_column": (edit_run("dataset", label_column="x"), FROM_DATASET),
     "a row of the dataset": (append("data/test.csv", "很好,1\n"), FROM_DATASET),
+    "generation_config.json of a local model": (append("data/base/generation_config.json", "\n"), FROM_MODEL),
     "a line of merge_adapter.py": (append("scripts/merge_adapter.py", "# x\n"), {"check_base": 1, **FROM_MERGE}),
     "a line of write_report.py": (append("scripts/write_report.py", "# x\n"), {"report": 1, "all": 1}),
     "a line of a module, gguf/files.py": (append("scripts/pockettune/gguf/files.py", "# x\n"), {"check_base": 1, **FROM_CONVERT}),
@@ -288,6 +292,15 @@ def test_change_reruns_what_depends_on_it(change: str, checkout: Path) -> None:
     edit, expected = REBUILDS[change]
     edit(checkout)
     assert planned(checkout) == expected
+
+
+def test_checksum_of_a_model_is_no_reason_to_rerun(checkout: Path, tmp_path: Path) -> None:
+    run_file, pin = tmp_path / "pinned.yaml", "1" * 64
+    run_file.write_text(yaml.safe_dump({"model": {"name": "a/b", "sha256": pin}}))
+    result = run_snakemake(checkout, "--dry-run", "--printshellcmds", "--configfile", str(run_file))
+    assert result.returncode == 0, result.stdout[-2000:]
+    assert "fetch_model.py --settings" in result.stdout and pin not in result.stdout
+    assert result.stdout.count("warning: not pinned: model.revision; ") == 1
 
 
 def test_readme_states_the_same_table() -> None:

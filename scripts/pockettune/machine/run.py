@@ -1,5 +1,6 @@
 """The run that is asked about: its config, its profile, and what several checks share of it."""
 
+import copy
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
@@ -63,7 +64,8 @@ class Run:
         )
         path = Path(model["path"] or model["name"])
         label = path.stem if path.suffix == ".gguf" and model["path"] else path.name
-        return self.path(f"resources/models/{label}@{version[:12]}")
+        owner = "" if model["path"] else model["name"].split("/")[0] + "/"
+        return self.path(f"resources/models/{owner}{label}@{version[:12]}")
 
     @property
     def converter_version(self) -> str:
@@ -98,11 +100,13 @@ class Run:
 
 
 def load_config(root: Path, run_files: Iterable[Path]) -> Config:
-    """Return config.yaml with the run files laid over it, as snakemake --configfile does."""
+    """Return config.yaml with the run files laid over it, as the Snakefile does."""
     import yaml
     from snakemake.utils import update_config
 
-    config: Config = {}
+    from pockettune.workflow.pins import unpin_others
+
+    layers: list[Config] = []
     for path in [root / "config.yaml", *run_files]:
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
@@ -110,7 +114,14 @@ def load_config(root: Path, run_files: Iterable[Path]) -> Config:
             raise UserError(f"{path.name} cannot be read: {error}") from error
         if not isinstance(content, dict):
             raise UserError(f"{path.name} holds no sections")
-        update_config(config, content)
+        layers.append(content)
+    own, *others = layers
+    given: Config = {}
+    for layer in others:
+        update_config(given, layer)
+    config = copy.deepcopy(own)
+    update_config(config, given)
+    unpin_others(config, own, given)
     return config
 
 
@@ -132,12 +143,15 @@ def check_settings(run: Run) -> list[Finding]:
     import yaml
 
     from pockettune.workflow.config import check_config, check_files
+    from pockettune.workflow.pins import check_fetched, pinned_files
 
     schema = yaml.safe_load(run.path("schemas/config.schema.yaml").read_text(encoding="utf-8"))
     config = run.settings
     try:
         check_config(config, schema)
         check_files({key: str(run.path(path)) for key, path in local_files(config).items()})
+        if not config["model"]["path"]:
+            check_fetched(run.base, pinned_files(config["model"]["sha256"]))
     except UserError as error:
         return [Finding("config", "problem", str(error), "mend the run file or config.yaml")]
     return [Finding("config", "ok", f"valid; results in {run.results.relative_to(run.root)}")]

@@ -209,6 +209,13 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
+def published_name(folder: Path) -> str:
+    """Return a base model's name on its hub; of a local one, its folder's or file's name."""
+    source = folder / "source.json"
+    told = json.loads(source.read_text(encoding="utf-8")) if source.exists() else {}
+    return str(told.get("name") or folder.name.rpartition("@")[0] or folder.name)
+
+
 def check_unchanged(folder: Path) -> None:
     """Raise UserError where a base model's weights are not those that fetch_model.py wrote down.
 

@@ -1,6 +1,7 @@
 """Checks config.yaml against its schema and says what is wrong in a user's words."""
 
 import difflib
+import json
 import os
 import re
 import sys
@@ -40,7 +41,8 @@ def check_config(config: Config, schema: dict[str, Any]) -> None:
     """Raise UserError naming every fault of `config`; first mend what YAML and merging leave.
 
     Keys of `task.labels` become text (YAML reads an unquoted 0 as a number), and entries of
-    `quantize` and `task.labels` that a run file sets to null are dropped.
+    `quantize` and `task.labels` that a run file sets to null are dropped. Afterwards numbers are
+    spelled one way and keys that were left out have their default, so that neither is a reason to rerun.
     """
     faults = list(_boolean_labels(config))
     _normalise(config)
@@ -50,6 +52,7 @@ def check_config(config: Config, schema: dict[str, Any]) -> None:
         faults = list(_contradictions(config))
     if faults:
         raise UserError(f"config: {list_faults(faults)}")
+    config.update(_spell_alike(config, schema))
 
 
 def is_gguf(path: str | None) -> bool:
@@ -81,9 +84,13 @@ def check_files(paths: dict[str, str]) -> None:
 
 def drop_idle(config: Config) -> None:
     """Set to null, or drop, what another key makes idle, so that changing it is no reason to rerun."""
-    model, dataset = config["model"], config["dataset"]
-    if config["train"]["adapter"]:
-        config["train"] = {"adapter": config["train"]["adapter"]}
+    model, dataset, train = config["model"], config["dataset"], config["train"]
+    if train["batch_tokens"]:
+        train["batch_size"] = None
+    if train["eval_every"] is None:
+        train.update(eval_limit=None, metric=None, patience=None)
+    if train["adapter"]:
+        config["train"] = {"adapter": train["adapter"]}
     if model["path"]:
         model.update(name=None, revision=None, sha256=None)
     if dataset["files"]:
@@ -92,16 +99,18 @@ def drop_idle(config: Config) -> None:
         dataset["split"] = None
 
 
-def set_environment(hub: dict[str, Any]) -> None:
+def set_environment(hub: dict[str, Any], pins: dict[str, str]) -> None:
     """Set what the programs find in their environment.
 
     PATH: the interpreter that runs Snakemake comes first, so that a virtual environment need not
     be activated; a rule's conda environment still comes before it. Where to fetch from, and who gets
-    the token: as a parameter of a rule it would be a reason to rerun.
+    the token, and the checksums that fetched weights must have: as a parameter of a rule it would be
+    a reason to rerun.
     """
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     os.environ["POCKETTUNE_HUB_SOURCES"] = " ".join(hub["sources"])
     os.environ["POCKETTUNE_SEND_TOKEN_TO"] = " ".join(hub["send_token_to"])
+    os.environ["POCKETTUNE_MODEL_SHA256"] = json.dumps(pins)
 
 
 def _normalise(config: Config) -> None:
@@ -126,6 +135,26 @@ def _boolean_labels(config: Config) -> Iterator[str]:
                 f"task.labels has the boolean {key}, which YAML reads from {words} without quotes; write"
                 f' the value as in the data, in quotes ("{key}" for a boolean of jsonl or parquet)'
             )
+
+
+def _spell_alike(value: Any, schema: dict[str, Any]) -> Any:
+    """Return a valid value with 16.0 as 16, where the schema has a number, and with defaults filled in.
+
+    A key that may be text too is left alone: a chat template prints its 16.0 as it is.
+    """
+    if isinstance(value, dict):
+        known = schema.get("properties", {})
+        others = schema.get("additionalProperties")
+        others = others if isinstance(others, dict) else {}
+        defaults = {key: rules["default"] for key, rules in known.items() if "default" in rules}
+        return {
+            key: _spell_alike(entry, known.get(key, others))
+            for key, entry in (defaults | value).items()
+        }
+    types = schema.get("type")
+    types = {types} if isinstance(types, str) else set(types or ())
+    is_number = bool(types) and types <= {"number", "integer", "null"}
+    return int(value) if is_number and isinstance(value, float) and value.is_integer() else value
 
 
 def _describe(error: ValidationError) -> Iterator[str]:
