@@ -18,7 +18,7 @@ from pockettune.evaluation.stages import Runtime, answer_greedily
 LOGITS = np.random.default_rng(0).normal(size=(5, 40)).astype(np.float32)
 TASK = {
     "task": {"type": "classification", "system": "", "prompt": "{text}",
-             "labels": {"0": "差", "1": "好", "2": "好极"}},
+             "labels": {"0": "差", "1": "好", "2": "好极"}, "template_options": {}},
     "dataset": {"text_column": "text", "label_column": "label"},
 }  # fmt: skip
 
