@@ -209,7 +209,10 @@ def model_files():
         return []
     folder = Path(config["model"]["path"])
     weights = sorted(folder.glob("*.safetensors")) or [folder / "model.safetensors"]
-    known = [folder / name for name in ("config.json", "tokenizer.json", "tokenizer_config.json")]
+    known = [
+        folder / name
+        for name in ("config.json", "tokenizer.json", "tokenizer_config.json")
+    ]
     # What a model may have besides, and the demo's base, which is not there at first, has not.
     known += [folder / name for name in OPTIONAL_FILES if (folder / name).exists()]
     return [str(path) for path in [*known, *weights]]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from conftest import ROOT
+from conftest import ROOT, run_snakemake
 from pockettune.common.errors import UserError
 from pockettune.workflow.config import check_config, check_files, drop_idle
 from pockettune.workflow.pins import check_fetched, pinned_files, unpin_others
@@ -240,6 +240,17 @@ def test_parts_of_a_hubs_dataset_are_idle_beside_files() -> None:
     config["dataset"].update(files={"all": "a.csv"}, subset="x", splits={"train": "train"})
     drop_idle(config)
     assert config["dataset"]["subset"] is config["dataset"]["splits"] is None
+
+
+@pytest.mark.parametrize("elsewhere", ["a Snakefile elsewhere", "--directory"])
+def test_run_from_another_folder_is_refused_in_one_line(elsewhere: str, tmp_path: Path) -> None:
+    if elsewhere == "--directory":
+        result = run_snakemake(ROOT, "--dry-run", "--directory", str(tmp_path))
+    else:
+        result = run_snakemake(tmp_path, "--dry-run", "--snakefile", str(ROOT / "Snakefile"))
+    assert result.returncode == 2
+    assert f"error: run in {tmp_path}, where the Snakefile is not: cd {ROOT}" in result.stdout
+    assert "Traceback" not in result.stdout and "WorkflowError" not in result.stdout
 
 
 def test_every_offered_type_is_known_to_llama_cpp() -> None:
