@@ -133,12 +133,12 @@ def drop_unlabelled(
 def read_rows(table: pd.DataFrame, split: str, task: Task) -> tuple[list[Record], list[str]]:
     """Turn the rows into records with stable ids; return the faults of the others beside them."""
     records, faults = [], []
-    for position, row in zip(table.index, table.to_dict("records"), strict=True):
+    names = list(map(str, table.columns))
+    for position, *cells in table.itertuples(name=None):
         number = int(position) + 1  # as a reader counts the rows below the header
         try:
-            records.append(
-                {"id": f"{split}-{number}", **task.read({str(k): v for k, v in row.items()})}
-            )
+            row = dict(zip(names, cells, strict=True))
+            records.append({"id": f"{split}-{number}", **task.read(row)})
         except ValueError as error:
             faults.append(f"row {number}: {error}")
     return records, faults

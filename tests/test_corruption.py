@@ -208,7 +208,10 @@ def dataset(folder: Path) -> dict[str, Any]:
         path = folder / f"{split}.csv"
         path.write_text("text,label\n好,1\n差,0\n")
         files[split] = str(path)
-    return {"files": files, "split": None, "text_column": "text", "label_column": "label"}
+    return {
+        "files": files, "split": None, "text_column": "text", "label_column": "label",
+        "unlabelled": "refuse", "bad_rows": "refuse",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("changed", ["train", "test"])
@@ -218,8 +221,8 @@ def test_file_changed_while_it_is_read(
     settings = dataset(tmp_path)
     read = fetch_dataset_module.read_table
 
-    def read_then_change(path: Path, columns: list[str]) -> pd.DataFrame:
-        table = read(path, columns)
+    def read_then_change(path: Path, columns: list[str], labels: list[str]) -> pd.DataFrame:
+        table = read(path, columns, labels)
         if path.stem == "test":  # all were read now
             (tmp_path / f"{changed}.csv").write_text("text,label\n坏,1\n差,0\n")
         return table
