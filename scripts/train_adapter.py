@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from pockettune.common import disk, program
-from pockettune.common.errors import UserError
+from pockettune.common.errors import UserError, list_faults
 from pockettune.data.prompts import Examples, take_evenly
 from pockettune.evaluation import calibration, metrics
 from pockettune.models.adapters import add_adapter
@@ -240,11 +240,33 @@ def load_base(base: Path, train: Mapping[str, Any], hardware: Hardware) -> torch
             bnb_4bit_compute_dtype=hardware.dtype,
         )
     model = load_model(base, **options)
+    check_loaded(model, base, hardware)
     if train["quantization"] == "none":
         model = model.to(hardware.device)
     if train["gradient_checkpointing"]:
         model.activation_checkpointing_enable()  # type: ignore[operator]
     return model
+
+
+def check_loaded(model: torch.nn.Module, base: Path, hardware: Hardware) -> None:
+    """Say where the base is stored finer than it is trained on; refuse weights that fp16 cannot hold."""
+    config = program.read_json(base / "config.json")
+    stored = config.get("dtype") or config.get("torch_dtype")
+    if stored == "float32" and hardware.precision != "fp32":
+        program.logger.warning(
+            "the base is stored in float32 and trained on in %s, but merged and scored in full: set"
+            " train.precision to fp32 if the gate or the scores of adapter and validation part",
+            hardware.precision,
+        )
+    if hardware.precision == "fp16":
+        beyond = [
+            n for n, p in model.named_parameters() if p.is_floating_point() and p.isinf().any()
+        ]
+        if beyond:
+            raise UserError(
+                f"model {base.name}: {list_faults(beyond)} does not fit into fp16 (its end is 65504):"
+                " set train.precision to bf16 or fp32"
+            )
 
 
 def peak_memory(device: str) -> int | None:

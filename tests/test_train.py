@@ -28,7 +28,7 @@ from pockettune.runtimes.memory import is_out_of_memory
 from pockettune.runtimes.packing import ATTENTION, next_token_logits
 from pockettune.training import loop
 from pockettune.training.loop import AnswerWeights, batch_loss, cut_batch, weigh_answers
-from train_adapter import choose_device, choose_precision, train_adapter
+from train_adapter import choose_device, choose_precision, load_base, train_adapter
 
 TRAIN: dict[str, Any] = {
     "adapter": None, "variant": "lora", "rank": 4, "alpha": 8, "dropout": 0.1,
@@ -439,6 +439,32 @@ def test_threads_and_versions_decide_the_checkpoint(
     assert first == digest(1) != digest(2)
     monkeypatch.setattr(program, "version", lambda name: "0.0")
     assert digest(1) != first
+
+
+# --- number formats ---
+
+
+def test_base_that_is_stored_finer_is_told(
+    tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = tmp_path / "finer"
+    load_model(tiny_model, dtype=torch.float32).save_pretrained(base)  # type: ignore[operator]
+    for precision, told in (("fp32", False), ("bf16", True)):
+        caplog.clear()
+        load_base(base, TRAIN, loop.Hardware("cpu", precision))
+        assert ("stored in float32 and trained on in" in caplog.text) is told
+
+
+def test_weights_beyond_fp16_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    base = tmp_path / "large"
+    model = load_model(tiny_model, dtype=torch.bfloat16)
+    next(p for n, p in model.named_parameters() if "down_proj" in n).data[0, 0] = 1e5
+    model.save_pretrained(base)  # type: ignore[operator]
+    load_base(base, TRAIN, loop.Hardware("cpu", "bf16"))
+    with pytest.raises(
+        UserError, match=r"down_proj\.weight does not fit into fp16 .*: set train\.p"
+    ):
+        load_base(base, TRAIN, loop.Hardware("cpu", "fp16"))
 
 
 # --- failing ---
