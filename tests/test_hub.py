@@ -114,8 +114,9 @@ def test_dataset_comes_with_its_splits(
 ) -> None:
     repository = tmp_path / "repository/data"
     repository.mkdir(parents=True)
-    for split, text in [("train", "很好"), ("validation", "很差"), ("test", "很好")]:
-        table = pd.DataFrame({"text": [text], "label": [int(text == "很好")]})
+    for split, text in [("train", "很好 很差"), ("validation", "很差"), ("test", "很好")]:
+        texts = text.split()
+        table = pd.DataFrame({"text": texts, "label": [int(one == "很好") for one in texts]})
         table.to_parquet(repository / f"{split}-00000-of-00001.parquet")
     dataset = {"name": NAME, "revision": COMMIT, "files": None, "split": None, "subset": None,
                "splits": None, "unlabelled": "refuse", "bad_rows": "refuse", "text_column": "text", "label_column": "label"}  # fmt: skip
