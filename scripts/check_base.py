@@ -57,7 +57,6 @@ def check_base(
     program.logger.info(
         "packed sequences: within %(difference).2g of a spread of %(spread).2g", packed
     )
-    output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".base_check.") as name:
         folder = Path(name)
         train = settings["train"]

@@ -43,6 +43,7 @@ def check(
     In a process of its own: the converter brings its own gguf, which another test may have imported.
     """
     tokens, output = write_tokens(model, tmp_path / "tokens", spoilt), tmp_path / "out/check.json"
+    output.parent.mkdir()
     result = run_program(
         "check_base.py", "--settings", json.dumps({"train": SHAPE | shape}), "--base", model,
         "--tokens", tokens, "--converter", CONVERTER, "--threads", "1", "--output", output,
