@@ -10,7 +10,12 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from pockettune.common.errors import UserError
-from pockettune.models.folder import check_model_folder, embedding_shape, load_tokenizer
+from pockettune.models.folder import (
+    check_model_folder,
+    embedding_shape,
+    load_tokenizer,
+    weight_files,
+)
 
 
 @pytest.fixture
@@ -105,4 +110,18 @@ def test_embedding_of_other_architectures(name: str, other: str) -> None:
 def test_added_token_beyond_the_embedding_is_left_out(folder: Path) -> None:
     """Gemma 3's text models have one for images, which no text holds."""
     add_token(folder, "<image_soft_token>")
+    check_model_folder(folder)
+
+
+def test_weights_beside_those_that_are_loaded_are_left_alone(folder: Path) -> None:
+    """Mistral's folders hold the same weights once more, under other names."""
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {"tok_embeddings.weight": next(iter(weights.values()))}, folder / "consolidated.safetensors"
+    )
+    assert [path.name for path in weight_files(folder)] == ["model.safetensors"]
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    names = dict.fromkeys(weights, "model-00001-of-00001.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    assert [path.name for path in weight_files(folder)] == ["model-00001-of-00001.safetensors"]
     check_model_folder(folder)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 # The last part of the embedding's name: Llama and most, GPT-2, GPT-NeoX, BLOOM and Falcon, Nemotron-H.
 EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "embeddings")
 
+INDEX = "model.safetensors.index.json"
+
 # What a tokenizer may consist of; carried unchanged from the base to the merged model.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt",
                    "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
@@ -41,8 +43,18 @@ def check_model_folder(folder: Path) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the folder's safetensors files in a fixed order."""
-    return sorted(folder.glob("*.safetensors"))
+    """Return the safetensors files that transformers would load, in a fixed order.
+
+    Those that the index names, or model.safetensors; else all, as of an adapter. Others beside them,
+    such as Mistral's consolidated.safetensors, are the same weights once more.
+    """
+    single = folder / "model.safetensors"
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        named = {folder / Path(str(name)).name for name in index["weight_map"].values()}
+        return sorted(path for path in named if path.is_file())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or one told later
+        return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
 
 
 def read_header(path: Path) -> dict[str, Any]:
@@ -124,7 +136,7 @@ def _weight_faults(folder: Path) -> list[str]:
             read_header(path)
         except ValueError as error:
             faults.append(f"{path.name} {error}")
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.is_file() and not faults:
         try:
             named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
