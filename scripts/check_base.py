@@ -30,6 +30,7 @@ from pockettune.runtimes.packing import check_packing
 
 PROMPTS_A_SPLIT = 2_000  # compared as token ids; all of them where there are no more
 PROMPTS_PACKED = 64
+SHORT = ".base_check."
 # What an adapter from elsewhere may be, and what a file that nobody keeps says of itself.
 ANY_ADAPTER = {"variant": "lora", "rank": 8, "alpha": 16, "dropout": 0.0, "target_modules": "all-linear"}  # fmt: skip
 
@@ -57,7 +58,9 @@ def check_base(
     program.logger.info(
         "packed sequences: within %(difference).2g of a spread of %(spread).2g", packed
     )
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".base_check.") as name:
+    for left in output.parent.glob(f"{SHORT}*"):  # by a run that was killed
+        program.remove(left)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=SHORT) as name:
         folder = Path(name)
         train = settings["train"]
         layers = make_short(base, ANY_ADAPTER if train["adapter"] else train, folder)

@@ -106,6 +106,12 @@ def check_token_ids(
                        texts_differing=len(apart), prompts=len(examples), prompts_not_nfc=not_nfc)  # fmt: skip
 
 
+def check_hard_texts(llama: LlamaModel, tokenizer: "PreTrainedTokenizerBase") -> Result:
+    """Compare the ids of made-up texts, of which none may differ: for a tokenizer that was made here."""
+    result = check_token_ids(llama, tokenizer, [])
+    return result | {"passed": not result["texts_differing"]}
+
+
 def differs_in_llama(
     llama: LlamaModel, tokenizer: "PreTrainedTokenizerBase", text: str, ids: list[int]
 ) -> str | None:
