@@ -196,8 +196,8 @@ def base_model():
         if path
         else config["model"]["revision"]
     )
-    owner = "" if path else config["model"]["name"].split("/")[0] + "/"
-    return f"resources/models/{owner}{model_label()}@{version[:12]}"
+    owner = "" if path else Path(config["model"]["name"]).parent.name
+    return str(Path("resources/models", owner, f"{model_label()}@{version[:12]}"))
 
 
 def model_files():
