@@ -103,7 +103,7 @@ def check_import(
     prompts = list(make_prompts(tokenizer, source))
     with LlamaModel(source.path, threads) as llama:
         checks = [
-            stored.check_hard_texts(llama, tokenizer),
+            stored.check_made_up(llama, tokenizer),
             stored.check_special_tokens(llama, tokenizer, []),
             *([stored.check_chat_template(llama, tokenizer)] if own_template else []),
         ]

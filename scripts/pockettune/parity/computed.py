@@ -20,7 +20,8 @@ Tokens = Sequence[int]
 
 # llama.cpp rounds keys, values and activations to FP16, PyTorch here computes in fp32. Measured over
 # the whole vocabulary: at most 0.0019 spreads (models of 2, 3 and 6 layers); two layers' matrices
-# swapped: 0.14 to 11.5. Real weights of 30 layers (SmolLM2-135M): 0.0053. The rest is left to deeper models. Biases and norms: stored.check_tensors.
+# swapped: 0.14 to 11.5. Real weights of 30 layers (SmolLM2-135M): 0.0053. The rest is left to deeper
+# models. Biases and norms: stored.check_tensors.
 CONVERSION_BOUND = 0.05
 # Merged weights are rounded to FP16 once. Measured on the same models: at most 0.0007, on the real
 # one 0.0051; the adapter left out or added twice: 0.6 to 11.4.

@@ -17,7 +17,7 @@ from pockettune.common.errors import list_faults
 from pockettune.data.chat import render_chat
 from pockettune.data.prompts import Example, encode, take_evenly
 from pockettune.gguf.files import list_tensors, read_vectors, tensor_faults
-from pockettune.models.folder import embedding_shape, read_header, weight_files
+from pockettune.models.folder import embedding_shape, read_header, tensor_shapes, weight_files
 from pockettune.runtimes.llama import LlamaModel
 
 if TYPE_CHECKING:
@@ -85,31 +85,48 @@ def check_token_ids(
     faults, not_nfc = [], 0
     for example in examples:
         # Prompts were encoded by the base's tokenizer; the merged folder must hold the same.
-        if (merged := encode(tokenizer, example.prompt)) != example.prompt_ids:
-            faults.append(describe_difference(tokenizer, "the merged model", merged, "tokens/", example.prompt_ids))  # fmt: skip
-        elif fault := differs_in_llama(llama, tokenizer, example.prompt, example.prompt_ids):
+        text, ids = example.prompt, example.prompt_ids
+        if (merged := encode(tokenizer, text)) != ids:
+            faults.append(
+                describe_difference(tokenizer, "the merged model", merged, "tokens/", ids)
+            )
+        elif fault := differs_in_llama(llama, tokenizer, text, ids):
             faults.append(fault)
-        else:
-            not_nfc += llama.tokenize(example.prompt) != example.prompt_ids
-    texts = [*hard_texts(tokenizer), *vocabulary_texts(tokenizer)]
-    told = [differs_in_llama(llama, tokenizer, text, encode(tokenizer, text)) for text in texts]
-    apart = [fault for fault in told if fault]
+        elif not unicodedata.is_normalized("NFC", text):
+            not_nfc += llama.tokenize(text) != ids
+    texts, apart = compare_made_up(llama, tokenizer)
     detail = f"{len(examples)} prompts give the same ids"
     if apart:
-        detail += f"; {len(apart)} of {len(texts)} made-up texts, in none of these prompts, do not: {apart[0]}"
+        detail += (
+            f"; {len(apart)} of {texts} made-up texts, in none of these prompts, do not: {apart[0]}"
+        )
     else:
-        detail += f", and {len(texts)} hard texts"
+        detail += f", and {texts} hard texts"
     if not_nfc:
         detail += f"; {not_nfc} prompts only after normalization to NFC, which llama.cpp leaves out"
-    more = [f"{len(faults)} of {len(examples)} prompts differ"] if len(faults) > 1 else []
-    return make_result("token_ids", [*faults[:1], *more], detail, texts=len(texts),
+    return make_result("token_ids", first_of(faults, len(examples), "prompts"), detail, texts=texts,
                        texts_differing=len(apart), prompts=len(examples), prompts_not_nfc=not_nfc)  # fmt: skip
 
 
-def check_hard_texts(llama: LlamaModel, tokenizer: "PreTrainedTokenizerBase") -> Result:
+def check_made_up(llama: LlamaModel, tokenizer: "PreTrainedTokenizerBase") -> Result:
     """Compare the ids of made-up texts, of which none may differ: for a tokenizer that was made here."""
-    result = check_token_ids(llama, tokenizer, [])
-    return result | {"passed": not result["texts_differing"]}
+    texts, apart = compare_made_up(llama, tokenizer)
+    detail = f"{texts} texts give the same ids"
+    return make_result("token_ids", first_of(apart, texts, "texts"), detail, texts=texts)
+
+
+def compare_made_up(
+    llama: LlamaModel, tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[int, list[str]]:
+    """Return how many hard texts and texts of the vocabulary there are, and how some differ."""
+    texts = [*hard_texts(tokenizer), *vocabulary_texts(tokenizer)]
+    told = [differs_in_llama(llama, tokenizer, text, encode(tokenizer, text)) for text in texts]
+    return len(texts), [fault for fault in told if fault]
+
+
+def first_of(faults: list[str], of: int, what: str) -> list[str]:
+    """Return the first fault, and how many of the `of` texts have one where it is not alone."""
+    return [*faults[:1], *([f"{len(faults)} of {of} {what} differ"] if len(faults) > 1 else [])]
 
 
 def differs_in_llama(
@@ -171,12 +188,6 @@ def check_vocabulary(llama: LlamaModel, base: Path, model: Path) -> Result:
     ]
     return make_result("vocabulary", faults, f"{size} tokens in the GGUF, merged and base model",
                        tokens=size, merged_rows=rows["merged"], base_rows=rows["base"])  # fmt: skip
-
-
-def tensor_shapes(folder: Path) -> dict[str, list[int]]:
-    """Return the shape of each tensor of a model folder, by its name."""
-    headers = [read_header(path) for path in weight_files(folder)]
-    return {name: entry["shape"] for header in headers for name, entry in header.items()}
 
 
 def embedding_rows(folder: Path) -> int:
