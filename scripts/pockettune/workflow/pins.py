@@ -1,5 +1,6 @@
-"""Revisions and checksums: whose they are, and whether what was fetched has them."""
+"""A model's folder, revision and checksums: whose they are, and whether what was fetched has them."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,22 @@ def unpin_others(config: Config, own: Config, given: Config) -> str | None:
         f"not pinned: {', '.join(missing)}; the run takes what {', '.join(moving)} is on the day,"
         " set them to keep it"
     )
+
+
+def model_folder(model: Config) -> str:
+    """Return the folder of the base model, by its revision or a digest of its path.
+
+    A hub's lies in a folder of its owner: others publish models of the same name.
+    """
+    path, template = model["path"], model["chat_template"]
+    named = Path(path or model["name"])
+    if path:
+        version = hashlib.sha256(f"{path}{template or ''}".encode()).hexdigest()
+        label = named.stem if named.suffix.lower() == ".gguf" else named.name
+        owner = ""
+    else:
+        version, label, owner = model["revision"], named.name, named.parent.name
+    return str(Path("resources/models", owner, f"{label}@{version[:12]}"))
 
 
 def pinned_files(checksums: str | dict[str, str] | None) -> dict[str, str]:
