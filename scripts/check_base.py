@@ -92,7 +92,7 @@ def main() -> None:
         "--settings",
         type=json.loads,
         required=True,
-        help="sections train, model, dataset, task, card",
+        help="section train: the adapter's shape",
     )
     parser.add_argument("--base", type=Path, required=True, help="base model's folder")
     parser.add_argument("--tokens", type=Path, required=True, help="folder of tokenize_dataset.py")

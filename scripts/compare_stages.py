@@ -22,6 +22,7 @@ import pandas as pd
 from pockettune.common import program
 from pockettune.common.errors import UserError
 from pockettune.data.records import read_records
+from pockettune.evaluation.calibration import confidence
 from pockettune.evaluation.intervals import compare_paired, wilson_interval
 from pockettune.evaluation.observers import describe_divergence
 from pockettune.evaluation.statistics import (
@@ -52,7 +53,9 @@ def compare_stages(
         before = REFERENCE if after_reference else names[max(place - 1, 0)]
         table, entry = predictions[name], {**metrics[name]}
         entry["interval"] = wilson_interval(int(is_right(table).sum()), len(table))
-        entry["calibration_error"] = calibration_error(confidence(table), is_right(table))
+        entry["calibration_error"] = calibration_error(
+            confidence(label_scores(table), 1.0), is_right(table)
+        )
         if greedy := entry.get("greedy"):
             interval = wilson_interval(greedy["right"], greedy["rows"])
             entry["greedy"] = {
@@ -78,7 +81,7 @@ def compare_stages(
 def calibrate(table: pd.DataFrame, training: dict[str, Any]) -> dict[str, Any]:
     """Return what the temperature fitted on validation, and its thresholds, make of the scored rows."""
     temperature = training["temperature"]["value"]
-    sure = confidence(table, temperature)
+    sure = confidence(label_scores(table), temperature)
     thresholds = [entry["threshold"] for entry in training["coverage"]]
     return {
         "temperature": temperature,
@@ -130,15 +133,15 @@ def is_right(table: pd.DataFrame) -> np.ndarray:
     return (table["prediction"] == table["reference"]).to_numpy()
 
 
-def label_probabilities(table: pd.DataFrame, temperature: float = 1.0) -> np.ndarray:
-    """Return log probabilities (rows, answers) among the allowed answers alone."""
+def label_scores(table: pd.DataFrame) -> np.ndarray:
+    """Return the allowed answers' log probabilities (rows, answers), as they were scored."""
     columns = [column for column in table if str(column).startswith("log_probability_")]
-    return normalise(table[columns].to_numpy() / temperature)
+    return table[columns].to_numpy()
 
 
-def confidence(table: pd.DataFrame, temperature: float = 1.0) -> np.ndarray:
-    """Return the probability of each row's answer among the allowed ones."""
-    return np.exp(label_probabilities(table, temperature).max(axis=1))
+def label_probabilities(table: pd.DataFrame) -> np.ndarray:
+    """Return log probabilities (rows, answers) among the allowed answers alone."""
+    return normalise(label_scores(table))
 
 
 def list_flips(

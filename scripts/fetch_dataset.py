@@ -47,8 +47,12 @@ def fetch_dataset(
         records[split], faults[split] = read_rows(table, split, task)
     check_rows(records, faults, dataset["bad_rows"])
     check_answers(records["train"], task)
-    mark_seen(records, task)
-    audit = audit_splits(records, task)
+    keys = {
+        split: [normalise_text(record[task.text_field]) for record in rows]
+        for split, rows in records.items()
+    }
+    mark_seen(records, keys)
+    audit = audit_splits(records, keys, task)
     for split, found in faults.items():
         audit["splits"][split]["bad_rows"] = {"count": len(found), "first": found[:10]}
     after = file_states(dataset["files"])
@@ -172,31 +176,28 @@ def check_answers(rows: list[Record], task: Task) -> None:
         )
 
 
-def mark_seen(records: dict[str, list[Record]], task: Task) -> None:
+def mark_seen(records: dict[str, list[Record]], keys: Mapping[str, list[str]]) -> None:
     """Add "seen" to the rows of validation and test: whether their text stands in train.
 
-    Texts are the same that differ in case, width or white space alone.
+    `keys` are the texts as they are compared: they may differ in case, width or white space.
     """
-    known = normalised_texts(records["train"], task)
+    known = set(keys["train"])
     for split in ("validation", "test"):
-        for record in records[split]:
-            record["seen"] = normalise_text(record[task.text_field]) in known
+        for record, key in zip(records[split], keys[split], strict=True):
+            record["seen"] = key in known
 
 
-def normalised_texts(rows: list[Record], task: Task) -> set[str]:
-    return {normalise_text(record[task.text_field]) for record in rows}
-
-
-def audit_splits(records: dict[str, list[Record]], task: Task) -> dict[str, Any]:
+def audit_splits(
+    records: dict[str, list[Record]], keys: Mapping[str, list[str]], task: Task
+) -> dict[str, Any]:
     """Describe each split, and what a score on it does not tell."""
     answers = defaultdict(set)
-    for record in records["train"]:
-        answers[normalise_text(record[task.text_field])].add(task.answer(record))
-    in_validation = normalised_texts(records["validation"], task)
+    for record, key in zip(records["train"], keys["train"], strict=True):
+        answers[key].add(task.answer(record))
+    in_validation = set(keys["validation"])
     splits = {}
     for split, rows in records.items():
         texts = [record[task.text_field] for record in rows]
-        normalised = [normalise_text(text) for text in texts]
         lengths = np.array([len(text) for text in texts])
         facts: dict[str, Any] = {
             "rows": len(rows),
@@ -208,16 +209,16 @@ def audit_splits(records: dict[str, list[Record]], task: Task) -> dict[str, Any]
                 "max": int(lengths.max()),
             },
             "texts_with_line_breaks": sum("\n" in text for text in texts),
-            "duplicates": len(texts) - len(set(normalised)),
+            "duplicates": len(texts) - len(set(keys[split])),
         }
         if split != "train":
             facts["seen_in_train"] = sum(record["seen"] for record in rows)
             facts["contradicts_train"] = sum(
-                record["seen"] and task.answer(record) not in answers[text]
-                for record, text in zip(rows, normalised, strict=True)
+                record["seen"] and task.answer(record) not in answers[key]
+                for record, key in zip(rows, keys[split], strict=True)
             )
         if split == "test":
-            facts["seen_in_validation"] = sum(text in in_validation for text in normalised)
+            facts["seen_in_validation"] = sum(key in in_validation for key in keys[split])
         splits[split] = facts
     contradictory = sum(len(found) > 1 for found in answers.values())
     return {"splits": splits, "train_texts_with_several_answers": contradictory}

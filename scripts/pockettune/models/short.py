@@ -3,7 +3,6 @@
 What goes wrong with an architecture on its way to a phone goes wrong with a few layers too, in seconds.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,17 +23,17 @@ def make_short(base: Path, adapter_settings: Mapping[str, Any], output: Path) ->
 
     whole = AutoConfig.from_pretrained(base, trust_remote_code=False).to_dict()
     layers = count_kinds(whole)
-    told = program.read_json(base / "config.json")
+    told = cut_layers(program.read_json(base / "config.json"), depth(whole), layers)
     folder = output / "base"
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(cut_layers(told, depth(whole), layers)))
+    program.write_json(folder / "config.json", told)
     copy_tokenizer(base, folder)
     torch.manual_seed(0)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
     model.save_pretrained(folder)
     # As the hub has it: what transformers leaves out, the converter may ask for.
-    (folder / "config.json").write_text(json.dumps(cut_layers(told, depth(whole), layers)))
+    program.write_json(folder / "config.json", told)
     adapted: Any = add_adapter(model, adapter_settings, base)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():

@@ -54,9 +54,8 @@ class Packing:
     start: int  # length of the shared start
     lengths: tuple[int, ...]  # of the tails
     device: torch.device
-    varlen: dict[
-        str, Any
-    ]  # varlen_attn's arguments, and the rows of its keys; empty: it is not used
+    # varlen_attn's arguments, and the rows of its keys; empty: it is not used
+    varlen: dict[str, Any]
     made: dict[int | None, list[torch.Tensor]] = field(default_factory=dict)  # masks, by window
 
     @cached_property
