@@ -33,9 +33,8 @@ class Architecture(NamedTuple):
     kind: str  # transformers' model_type
     changes: Mapping[str, Any] = NOTHING
     sentencepiece: bool = False  # where the converter takes no other tokenizer
-    published: Mapping[str, Any] = (
-        NOTHING  # what config.json has on the hub and transformers does not save
-    )
+    # What config.json has on the hub and transformers does not save.
+    published: Mapping[str, Any] = NOTHING
 
 
 ARCHITECTURES = (

@@ -84,9 +84,8 @@ def time_ours(rows: list[int], batch_size: int, recompute: bool) -> list[float]:
     for start in range(0, len(rows), batch_size):
         begun = time.perf_counter()
         batch = [examples[row] for row in rows[start : start + batch_size]]
-        loop.make_update(
-            model, batch, state, train, weights, hardware
-        )  # its loss is read: synchronised
+        # Its loss is read, so that the device has ended its work.
+        loop.make_update(model, batch, state, train, weights, hardware)
         seconds.append(time.perf_counter() - begun)
     return seconds
 
