@@ -512,7 +512,9 @@ MEASURED = {
 
 
 def test_estimate_of_the_small_run(finished_run: Path) -> None:
-    """Within a fifth of what it left on the disk, item by item, and of each program's peak memory."""
+    """Within a fifth of what it left on the disk, item by item; memory roughly: Snakemake
+    looks at a process now and then, and may miss the peak of one that takes seconds.
+    """
     run = Run(finished_run, runs.load_config(finished_run, [finished_run / "runs/small.yaml"]))
     of_base, of_data = shape.find_shape_here(run), rows.find_rows(run)
     assert of_base and of_data and of_data.exact
@@ -524,7 +526,8 @@ def test_estimate_of_the_small_run(finished_run: Path) -> None:
     for name, job in MEASURED.items():
         header, row, *_ = (run.results / f"benchmarks/{job}.tsv").read_text().splitlines()
         measured = dict(zip(header.split("\t"), row.split("\t"), strict=True))["max_rss"]  # MiB
-        assert peaks[name] == pytest.approx(float(measured) * 2**20, rel=0.2), name
+        estimated = peaks[name]
+        assert estimated and 0.67 < estimated / (float(measured) * 2**20) < 2, name
 
 
 # --- Sources ---

@@ -2,8 +2,8 @@
 
 Decimal bytes throughout. A number that cannot be known yet is None and shown as unknown. Memory is
 the largest resident set of each program, as benchmarks/*.tsv has it; the constants were fitted to
-benchmarks/true_scale.md, growth.md and the demo, on Linux with PyTorch 2.13. A test holds disk and
-memory of the demo to a fifth.
+benchmarks/true_scale.md, growth.md and the demo, on Linux with PyTorch 2.13. A test holds the disk
+to a fifth; in memory it sees the libraries alone, which differ between machines.
 """
 
 from collections.abc import Iterator
@@ -144,7 +144,7 @@ def _memory_sizes(
     f16 = tensor_bytes(shape, None)
     largest = max((tensor.elements for tensor in shape.tensors), default=0)
     yield "tokenize", TABLES + 700 * shape.vocabulary
-    yield "check_base", TORCH + exact + stored
+    yield "check_base", SCORING + exact + stored
     if not settings["train"]["adapter"]:
         loading = BYTES[precision] * shape.parameters + stored  # the file mapped beside its copy
         kernels = KERNELS if precision == "bf16" else 0
