@@ -26,7 +26,7 @@ from pockettune.common import program
 from pockettune.common.errors import UserError
 from pockettune.data.prompts import Example, Examples, take_evenly
 from pockettune.models.short import make_short
-from pockettune.runtimes.packing import check_packing
+from pockettune.runtimes.packing_check import check_packing
 
 PROMPTS_A_SPLIT = 2_000  # compared as token ids; all of them where there are no more
 PROMPTS_PACKED = 64

@@ -19,6 +19,7 @@ from pockettune.data.prompts import Example, Examples, take_evenly
 from pockettune.models.folder import load_tokenizer
 from pockettune.parity import computed, stored
 from pockettune.parity.stored import Result
+from pockettune.runtimes.exact import load_exact
 from pockettune.runtimes.llama import LlamaModel
 
 PROMPTS_TOKENIZED = 5_000  # all of them where there are no more
@@ -110,7 +111,7 @@ def check_computed(
     said = [llama.generate_greedy(prompt, limit) for prompt in few]
     stops = [llama.stops_at(continuation[-1]) for continuation in said]
 
-    exact = computed.load_exact(model)
+    exact = load_exact(model)
     merged = computed.logits_of_torch(exact, prompts)
     expected = computed.generate_greedy(exact, few, limit, ends)
     del exact  # before the base is loaded beside it

@@ -15,9 +15,10 @@ import torch
 from pockettune.data.prompts import Example
 from pockettune.evaluation import stages
 from pockettune.evaluation.metrics import provenance
-from pockettune.models.folder import load_model, weight_files
+from pockettune.models.folder import weight_files
+from pockettune.runtimes.exact import load_exact
 from pockettune.runtimes.memory import memory_hint
-from pockettune.runtimes.packing import ATTENTION, next_token_logits
+from pockettune.runtimes.packing import next_token_logits
 
 LESS_MEMORY = "run it where nothing else takes the memory, or on the CPU: CUDA_VISIBLE_DEVICES=-1"
 
@@ -26,7 +27,7 @@ LESS_MEMORY = "run it where nothing else takes the memory, or on the CPU: CUDA_V
 def open_model(
     arguments: argparse.Namespace, examples: Sequence[Example]
 ) -> Iterator[stages.Runtime]:
-    """Load the model in fp32, which holds what is stored in 16 bits exactly."""
+    """Load the model to compute in fp32, which holds what is stored in 16 bits exactly."""
     with memory_hint(LESS_MEMORY):
         yield load_runtime(arguments, examples)
 
@@ -35,15 +36,14 @@ def load_runtime(arguments: argparse.Namespace, examples: Sequence[Example]) -> 
     """Return the model, on a GPU where there is one."""
     torch.set_num_threads(arguments.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model(arguments.model, attention=ATTENTION, dtype=torch.float32)
+    model = load_exact(arguments.model, device=device)
     vocabulary_size = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     files = weight_files(arguments.model)
     if arguments.adapter:
         from peft import PeftModel  # here, so that what it says at import goes into the log
 
-        model = PeftModel.from_pretrained(model, arguments.adapter)
+        model = PeftModel.from_pretrained(model, arguments.adapter).to(device).eval()
         files += weight_files(arguments.adapter)
-    model = model.to(device).eval()
     facts = {
         "size_bytes": sum(path.stat().st_size for path in files),
         "provenance": provenance("torch", "transformers"),

@@ -28,8 +28,9 @@ from pockettune.data.prompts import encode
 from pockettune.gguf.dequantize import Source, file_type, make_config, open_source, read_weights
 from pockettune.gguf.files import describe_file
 from pockettune.gguf.tokenizer import write_tokenizer
-from pockettune.models.folder import check_model_folder, load_model, load_tokenizer
+from pockettune.models.folder import check_model_folder, load_tokenizer
 from pockettune.parity import computed, stored
+from pockettune.runtimes.exact import load_exact
 from pockettune.runtimes.llama import LlamaModel, start_backend
 
 # Both bounds are in spreads, the standard deviation of a prompt's logits, over the whole vocabulary.
@@ -142,7 +143,7 @@ def logits_of_folder(folder: Path, prompts: Sequence[list[int]]) -> np.ndarray:
     One prompt at a time, with transformers' own attention, because packed sequences do not support
     a window shorter than a prompt.
     """
-    model = load_model(folder, dtype=torch.float32).eval()
+    model = load_exact(folder, attention="eager")
     with torch.inference_mode():
         rows = [
             model(input_ids=torch.tensor([prompt]), logits_to_keep=1, use_cache=False).logits[0, -1]

@@ -11,38 +11,31 @@ import argparse
 import math
 from pathlib import Path
 
-import torch
-
 from pockettune.common import program
 from pockettune.common.errors import UserError
-from pockettune.models.folder import copy_tokenizer, embedding_shape, load_model, tensor_shapes
+from pockettune.models.folder import copy_tokenizer, embedding_shape, tensor_shapes
+from pockettune.models.merging import write_merged
 from pockettune.runtimes.memory import memory_hint
 
 # What transformers leaves out of the config.json it saves and llama.cpp's converter asks for.
 CARRIED = ("n_ctx", "rotary_pct")  # GPT-2; GPT-NeoX, Cohere 2
 
-LESS_MEMORY = "merging takes six bytes a parameter: run it where more is free"
-FP16_MAX = torch.finfo(torch.float16).max
+LESS_MEMORY = (
+    "merging takes 3 GB, and 16 bytes a number of the largest matrix: run it where they are free"
+)
 
 
 def merge_adapter(base: Path, adapter: Path, output: Path) -> None:
     """Merge in fp32, round once to fp16, and write the model folder."""
-    from peft import PeftModel  # here, so that what it says at import goes into the log
-
     needed = 2 * sum(map(math.prod, tensor_shapes(base).values()))  # the tokenizer comes on top
     with program.staged(output, needed) as partial, memory_hint(LESS_MEMORY):
-        model = load_model(base, dtype=torch.float32)
         try:
-            merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
+            parameters = write_merged(base, adapter, partial)
         except ValueError as error:  # NaN in the adapter, or layers that the base has not
             raise UserError(f"adapter {adapter} cannot be merged onto {base}: {error}") from error
-        check_range(merged)
-        merged.half()
-        merged.save_pretrained(partial)
         carry_config(base, partial)
         copy_tokenizer(base, partial)
         check_shape(base, partial)
-    parameters = sum(p.numel() for p in merged.parameters())
     program.logger.info("merged model of %s parameters in %s", f"{parameters:,}", output)
 
 
@@ -53,16 +46,6 @@ def carry_config(base: Path, merged: Path) -> None:
     carried = {key: before[key] for key in CARRIED if key in before and key not in after}
     if carried:
         program.write_json(merged / "config.json", after | carried)
-
-
-def check_range(model: torch.nn.Module) -> None:
-    """Raise UserError where a weight is beyond what FP16 can hold."""
-    for name, weight in model.named_parameters():
-        if (peak := weight.abs().max().item()) > FP16_MAX:
-            raise UserError(
-                f"merged {name} reaches {peak:.3g}, FP16 ends at {FP16_MAX:.0f}: the training"
-                " diverged; lower train.learning_rate"
-            )
 
 
 def check_shape(base: Path, merged: Path) -> None:

@@ -18,12 +18,12 @@ import yaml
 
 from conftest import ROOT, SECRET, copy_checkout, run_snakemake
 from loopback_hub import COMMIT, LoopbackHub, _Handler, serve
+from pockettune.common import limits
 from pockettune.common.disk import used_bytes
 from pockettune.machine import (
     checks,
     estimate,
     hardware,
-    limits,
     network,
     probe,
     quantized,

@@ -1,16 +1,21 @@
 """Merging an adapter: by numbers a reader can check, and by equal logits."""
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
-from merge_adapter import carry_config, check_range, check_shape, merge_adapter
+from merge_adapter import carry_config, check_shape, merge_adapter
 from pockettune.common.errors import UserError
-from pockettune.models.folder import load_model, read_header
+from pockettune.models import merging
+from pockettune.models.adapters import add_adapter
+from pockettune.models.folder import load_model, read_header, weight_files
 
 PROMPT = torch.tensor([[5, 17, 301, 44, 9]])
 
@@ -95,10 +100,88 @@ def test_untied_or_resized_embedding_is_refused(tiny_model: Path, tmp_path: Path
 
 
 def test_weight_beyond_fp16_is_refused() -> None:
-    layer = torch.nn.Linear(1, 1)
-    layer.weight.data.fill_(70_000)
-    with pytest.raises(UserError, match="weight reaches 7e\\+04, FP16 ends at 65504"):
-        check_range(layer)
+    with pytest.raises(UserError, match="q_proj reaches 7e\\+04, FP16 ends at 65504"):
+        merging.round_to_fp16("q_proj", torch.tensor([70_000.0]))
+
+
+def merge_whole(base: Path, adapter: Path, output: Path) -> None:
+    """Merge with the whole model in memory, as PEFT's documentation does."""
+    adapted: Any = PeftModel.from_pretrained(load_model(base, dtype=torch.float32), adapter)
+    merged = adapted.merge_and_unload(safe_merge=True).half()
+    merged.save_pretrained(output)
+
+
+@pytest.mark.parametrize("variant", ["lora", "rslora", "dora"])
+@pytest.mark.parametrize("kind", ["tied", "untied, in bf16", "transposed, names cut short"])
+def test_merged_tensor_by_tensor_as_whole(
+    variant: str, kind: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The very numbers of PEFT's merge of the whole model, also where they fill several files."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    make_base(kind, tiny_model, base)
+    train = {"variant": variant, "rank": 4, "alpha": 16, "dropout": 0.0, "target_modules": "all-linear"}  # fmt: skip
+    adapted: Any = add_adapter(load_model(base, dtype=torch.float32), train, base)
+    torch.manual_seed(2)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data += torch.randn(parameter.shape) * 0.05
+    adapted.save_pretrained(adapter)
+
+    merge_whole(base, adapter, tmp_path / "whole")
+    merge_adapter(base, adapter, tmp_path / "merged")
+    monkeypatch.setattr(merging, "SHARD", 60_000)
+    merge_adapter(base, adapter, tmp_path / "sharded")
+
+    whole, merged = load_all(tmp_path / "whole"), load_all(tmp_path / "merged")
+    assert whole.keys() == merged.keys()
+    assert all(torch.equal(merged[name], whole[name]) for name in whole)
+    assert len(weight_files(tmp_path / "sharded")) > 3
+    sharded = load_all(tmp_path / "sharded")
+    assert sharded.keys() == merged.keys()
+    assert all(torch.equal(sharded[name], merged[name]) for name in merged)
+    loaded = [load_model(tmp_path / n, dtype=torch.float32).eval() for n in ("whole", "sharded")]
+    with torch.inference_mode():
+        assert torch.equal(*(model(PROMPT).logits for model in loaded))
+
+
+def make_base(kind: str, tiny_model: Path, base: Path) -> None:
+    """Write a small model: Qwen2's, the same with a head of its own, or GPT-2 as it was published."""
+    shutil.copytree(tiny_model, base)
+    if kind == "tied":
+        return
+    (base / "model.safetensors").unlink()
+    torch.manual_seed(1)
+    sizes: Any = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+    if kind.startswith("untied"):
+        config: Any = Qwen2Config(**sizes, tie_word_embeddings=False)
+        Qwen2ForCausalLM(config).bfloat16().save_pretrained(base)
+        return
+    config = GPT2Config(vocab_size=512, n_positions=64, n_embd=64, n_layer=2, n_head=4)
+    GPT2LMHeadModel(config).save_pretrained(base)
+    weights = load_file(base / "model.safetensors")
+    cut = {name.removeprefix("transformer."): weight for name, weight in weights.items()}
+    save_file(cut, base / "model.safetensors", metadata={"format": "pt"})
+
+
+def load_all(folder: Path) -> dict[str, torch.Tensor]:
+    """Return all weights; of GPT-2 by their short names, as it was published."""
+    stored = {k: v for path in weight_files(folder) for k, v in load_file(path).items()}
+    return {name.removeprefix("transformer."): weight for name, weight in stored.items()}
+
+
+def test_base_without_a_layer_that_the_adapter_has_is_refused(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    adapter = make_adapter(tiny_model, tmp_path / "adapter")
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    weights = load_file(base / "model.safetensors")
+    weights["model.layers.0.renamed.weight"] = weights.pop("model.layers.0.self_attn.q_proj.weight")
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"stores no weight of model\.layers\.0\.self_attn\.q_proj"):
+        merge_adapter(base, adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_adapter_with_nan_is_refused(tiny_model: Path, tmp_path: Path) -> None:

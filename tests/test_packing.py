@@ -16,11 +16,11 @@ from pockettune.runtimes import packing
 from pockettune.runtimes.packing import (
     ATTENTION,
     TOKENS_A_PASS,
-    check_packing,
     next_token_logits,
     pack,
     packed_logits,
 )
+from pockettune.runtimes.packing_check import check_packing
 from pockettune.training.loop import AnswerWeights, batch_loss, cut_batch, draw_batches
 
 # fp32 sums in another order for another shape of the batch.

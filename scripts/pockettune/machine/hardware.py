@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pockettune.machine import limits
+from pockettune.common import limits
 from pockettune.machine.findings import Finding, State, judge
 from pockettune.machine.probe import Answer
 from pockettune.machine.run import Run

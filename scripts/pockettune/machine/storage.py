@@ -5,7 +5,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from pockettune.machine import estimate, limits
+from pockettune.common import limits
+from pockettune.machine import estimate
 from pockettune.machine.findings import Finding, State, in_words
 from pockettune.machine.probe import Answer
 from pockettune.machine.run import Run

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from pockettune.models.folder import load_model
 from pockettune.parity.stored import Result, make_result
+from pockettune.runtimes.exact import load_exact
 from pockettune.runtimes.llama import LlamaModel
-from pockettune.runtimes.packing import ATTENTION, next_token_logits
+from pockettune.runtimes.packing import next_token_logits
 
 Tokens = Sequence[int]
 
@@ -36,11 +36,6 @@ def logits_of_llama(model: LlamaModel, prompts: Sequence[Tokens]) -> np.ndarray:
 def logits_of_torch(model: torch.nn.Module, prompts: Sequence[Tokens]) -> np.ndarray:
     """Return the logits behind each prompt in PyTorch: (prompts, vocabulary)."""
     return np.stack(list(next_token_logits(model, prompts)))
-
-
-def load_exact(folder: Path) -> torch.nn.Module:
-    """Load a model to compute in fp32, so that differences are the other side's."""
-    return load_model(folder, attention=ATTENTION, dtype=torch.float32).eval()
 
 
 def logits_of_adapter(
