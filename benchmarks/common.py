@@ -63,21 +63,25 @@ def write_page(name: str, lines: Sequence[str]) -> None:
 
 def make_model(folder: Path) -> None:
     """Write a random model of Qwen2.5-0.5B's shape with Qwen2's vocabulary, if it is not there."""
+    make_qwen(folder, PARAMETERS, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14)  # fmt: skip
+
+
+def make_qwen(folder: Path, parameters: int, **shape: int) -> None:
+    """Write a random model of one of Qwen2.5's smaller shapes in BF16, if it is not there."""
     if folder.exists():
         return
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
-    shape = Qwen2Config(
-        vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
-        num_attention_heads=14, num_key_value_heads=2, max_position_embeddings=32_768,
+    config: Any = Qwen2Config(
+        vocab_size=151_936, num_key_value_heads=2, max_position_embeddings=32_768,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6}, tie_word_embeddings=True,
-        bos_token_id=151_643, eos_token_id=151_645,
+        bos_token_id=151_643, eos_token_id=151_645, **shape,  # type: ignore[arg-type]
     )  # fmt: skip
-    model = Qwen2ForCausalLM._from_config(shape, dtype=torch.bfloat16)
+    model = Qwen2ForCausalLM._from_config(config, dtype=torch.bfloat16)
     count = sum(p.numel() for p in model.parameters())
-    assert count == PARAMETERS, count
+    assert count == parameters, count
     with program.staged(folder) as partial:
         model.save_pretrained(partial)
         write_tokenizer(partial)

@@ -31,6 +31,8 @@ from pockettune.workflow.pins import (
     unpin_others,
 )
 from pockettune.common.errors import UserError
+from pockettune.machine.estimate import request
+from pockettune.machine.run import Run
 from pockettune.workflow.imports import imported_files
 
 # As in requirements.txt, so that the converter is of the same commit as the runtime.
@@ -154,9 +156,14 @@ def variant_settings(wildcards):
     return json.dumps(config["quantize"][wildcards.variant], sort_keys=True)
 
 
-def memory(mb):
-    """Return a rule's memory in MB; a job that failed gets as much again at each retry."""
-    return lambda wildcards, attempt: attempt * mb
+def memory(mb, program=None):
+    """Return a rule's memory in MB: at least `mb`, and what its program takes of this base model, by its
+    name in machine/estimate.py, once that is here; a job that failed gets as much again at each retry.
+    """
+    run = Run(Path.cwd(), config)
+    return lambda wildcards, attempt: attempt * max(
+        mb, request(run, program) // 10**6 if program else 0
+    )
 
 
 def program(name):

@@ -25,7 +25,7 @@ if GGUF_BASE:
             "../envs/llama_cpp.yaml"
         threads: 4
         resources:
-            mem_mb=memory(8000),
+            mem_mb=memory(8000, "check_parity"),
             runtime="1h",
         params:
             settings=settings("model"),
@@ -150,7 +150,7 @@ rule tokenize:
     conda:
         "../envs/data.yaml"
     resources:
-        mem_mb=memory(4000),
+        mem_mb=memory(4000, "tokenize"),
         runtime="1h",
     params:
         settings=settings("task", "tokenize", "dataset"),

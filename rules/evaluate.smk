@@ -52,7 +52,7 @@ rule evaluate_base:
     threads: 4
     resources:
         gpu_turn=GPU_TURN,
-        mem_mb=memory(8000),
+        mem_mb=memory(8000, "evaluate (PyTorch)"),
         runtime="2h",
     params:
         settings=evaluation_settings("split", "limit", "pytorch_limit"),
@@ -114,7 +114,7 @@ rule evaluate_f16:
         "../envs/llama_cpp.yaml"
     threads: 4
     resources:
-        mem_mb=memory(4000),
+        mem_mb=memory(4000, "evaluate (llama.cpp)"),
         runtime="2h",
     params:
         settings=evaluation_settings("split", "limit", "greedy_rows"),

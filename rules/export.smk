@@ -16,7 +16,7 @@ rule convert:
     conda:
         "../envs/llama_cpp.yaml"
     resources:
-        mem_mb=memory(4000),
+        mem_mb=memory(4000, "convert"),
         runtime="30m",
     params:
         settings=settings("model", "dataset", "task", "card"),
@@ -45,7 +45,7 @@ rule check_parity:
         "../envs/llama_cpp.yaml"
     threads: 4
     resources:
-        mem_mb=memory(8000),
+        mem_mb=memory(8000, "check_parity"),
         runtime="1h",
     shell:
         command(
@@ -71,7 +71,7 @@ rule quantize:
         "../envs/llama_cpp.yaml"
     threads: 4
     resources:
-        mem_mb=memory(4000),
+        mem_mb=memory(4000, "quantize"),
         runtime="1h",
     params:
         settings=variant_settings,

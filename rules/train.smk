@@ -19,7 +19,7 @@ rule check_base:
         "../envs/llama_cpp.yaml"
     threads: 4
     resources:
-        mem_mb=memory(8000),
+        mem_mb=memory(8000, "check_base"),
         runtime="30m",
     params:
         settings=adapter_shape,
@@ -70,7 +70,7 @@ else:
         resources:
             gpu=1,
             gpu_turn=GPU_TURN,
-            mem_mb=memory(16000),
+            mem_mb=memory(16000, "train"),
             runtime="4h",
         params:
             settings=settings("train", "task", "dataset"),
@@ -94,7 +94,7 @@ rule merge:
     conda:
         "../envs/train.yaml"
     resources:
-        mem_mb=memory(8000),
+        mem_mb=memory(8000, "merge"),
         runtime="30m",
     shell:
         command("input.base input.adapter output=output.merged")

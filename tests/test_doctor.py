@@ -417,6 +417,49 @@ def test_memory_is_compared_with_the_estimate(
     assert finding.state == ("warning" if state == "problem" else "ok"), "the nodes may have it"
 
 
+def write_hollow(folder: Path, config: dict[str, Any]) -> Path:
+    """Write a base model of a shape whose file is a hole: a header, and a length that fits."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    header: dict[str, Any] = {}
+    end = 0
+    for number, tensor in enumerate(shape.tensors_of(config) or ()):
+        name = f"model.layers.{tensor.layer}.{number}.{tensor.name}.weight"
+        begin, end = end, end + 2 * tensor.elements
+        header[name] = {"dtype": "BF16", "shape": tensor.shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return folder
+
+
+def test_jobs_ask_for_memory_by_the_size_of_the_base(tmp_path: Path) -> None:
+    run = make_run(model={"path": str(tmp_path / "hollow")})
+    assert estimate.request(run, "check_parity") == 0, "nothing is known before the base is here"
+    three = {**QWEN, "hidden_size": 2048, "intermediate_size": 11_008, "num_attention_heads": 16,
+             "num_hidden_layers": 36}  # fmt: skip
+    write_hollow(tmp_path / "hollow", three)
+    asked = {
+        name: estimate.request(run, name) / 1e9 for name in ("check_parity", "merge", "convert")
+    }
+    # 3.09 billion parameters: fp32, the mapped file and the GGUF file; a shard; an embedding.
+    assert asked["check_parity"] == pytest.approx(1.25 * (8 * 3.086 + 0.6), rel=0.02)
+    assert 4 < asked["merge"] < 7, "however many layers there are"
+    assert asked["convert"] < 2
+
+
+def test_memory_that_does_not_hold_fp32_is_counted_in_16_bits() -> None:
+    run = make_run()
+    peaks = [
+        estimate.memory_items(run, OF_QWEN, None, "cpu", "bf16", free)["evaluate (PyTorch)"]
+        for free in (64e9, 3e9)
+    ]
+    assert all(peaks)
+    fits, narrow = (float(peak or 0) for peak in peaks)
+    assert fits - narrow == pytest.approx(2 * OF_QWEN.parameters - 4 * 151_936 * 896, rel=0.01)
+
+
 def test_gpu_has_a_line_of_its_own() -> None:
     run = make_run()
     card = GPU | {"free": 4_000_000_000}

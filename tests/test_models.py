@@ -37,6 +37,12 @@ def ask_for_own_code(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "x.Y"}}))
 
 
+def quantize_for_another_library(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    told = {**config, "quantization_config": {"quant_method": "gptq", "bits": 4}}
+    (folder / "config.json").write_text(json.dumps(told))
+
+
 def shrink_embedding(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     name = "model.embed_tokens.weight"
@@ -67,6 +73,7 @@ def name_a_token_beyond_as_end(folder: Path) -> None:
         (truncate, r"model\.safetensors is truncated: [\d,]+ of [\d,]+ bytes"),
         (replace_by_pickle, r"no \*\.safetensors weights \(pytorch_model\.bin is refused"),
         (ask_for_own_code, r"asks to run the model's own code \(auto_map\)"),
+        (quantize_for_another_library, r"its weights are quantized \(gptq\); take the model's 16-bit"),
         (shrink_embedding, r"the tokenizer does not fit: its ids go up to \d+, the embedding has 100 rows"),
         (lambda f: (f / "model.safetensors").write_bytes(b"no"), r"is not a safetensors file"),
         (lambda f: (f / "config.json").write_text("{"), r"config\.json is not JSON"),

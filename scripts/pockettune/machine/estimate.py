@@ -6,6 +6,7 @@ benchmarks/true_scale.md, growth.md and the demo, on Linux with PyTorch 2.13. A 
 to a fifth; in memory it sees the libraries alone, which differ between machines.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from pockettune.common.disk import used_bytes
 from pockettune.machine.quantized import tensor_bytes
 from pockettune.machine.rows import Rows
 from pockettune.machine.run import Run
-from pockettune.machine.shape import Shape
+from pockettune.machine.shape import Shape, find_shape_here
 
 RELEASE = 76_600_000  # bytes of llama-cpp-python's source release
 CONVERTER = 7_800_000  # of what is unpacked of it
@@ -30,6 +31,9 @@ TORCH, SCORING, LLAMA, CONVERT, TABLES = 480e6, 600e6, 240e6, 310e6, 400e6
 # ONEDNN_PRIMITIVE_CACHE_CAPACITY=1 the demo's first 38 updates peaked at 813 MiB instead of 943.
 KERNELS = 0.75e9
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+SHARD = 2e9  # bytes that merging gathers before it writes them, as in models/merging
+BESIDE = 1.5e9  # what computing in fp32 takes besides weights, as in runtimes/exact
+SPARE = 1.25  # of a job's request: an estimate is within a fifth
 ADAM = 4 * 4  # bytes a trainable parameter: itself, its gradient and two moments, in fp32
 
 
@@ -117,9 +121,17 @@ def trainable(train: Any, shape: Shape) -> int:
 
 
 def memory_items(
-    run: Run, shape: Shape | None, rows: Rows | None, device: str, precision: str
+    run: Run,
+    shape: Shape | None,
+    rows: Rows | None,
+    device: str,
+    precision: str,
+    free: float = math.inf,
 ) -> dict[str, int | None]:
-    """Return the peak memory of each program that takes much; on a GPU of its host's side."""
+    """Return the peak memory of each program that takes much; on a GPU of its host's side.
+
+    `free` bytes decide whether weights are held in fp32 where the gate and scoring compute in it.
+    """
     names: tuple[str, ...] = (
         "tokenize",
         "check_base",
@@ -131,31 +143,43 @@ def memory_items(
         "evaluate (PyTorch)",
         "evaluate (llama.cpp)",
     )
-    known = dict(_memory_sizes(run.settings, shape, rows, device, precision)) if shape else {}
+    sizes = _memory_sizes(run.settings, shape, rows, device, precision, free) if shape else ()
+    known = dict(sizes)
     if run.settings["train"]["adapter"]:
         names = tuple(name for name in names if name != "train")
     return {name: round(known[name]) if name in known else None for name in names}
 
 
+def request(run: Run, name: str) -> int:
+    """Return the bytes that a job of a program is to ask a cluster for; 0 before the base is here.
+
+    A training is taken to run on a GPU, unless `train.device` is cpu.
+    """
+    shape = find_shape_here(run)
+    device = "cpu" if run.settings["train"].get("device") == "cpu" else "cuda"
+    return round(SPARE * (memory_items(run, shape, None, device, "fp32").get(name) or 0))
+
+
 def _memory_sizes(
-    settings: Any, shape: Shape, rows: Rows | None, device: str, precision: str
+    settings: Any, shape: Shape, rows: Rows | None, device: str, precision: str, free: float
 ) -> Iterator[tuple[str, float]]:
-    exact, stored = 4.0 * shape.parameters, 2.0 * shape.parameters
-    f16 = tensor_bytes(shape, None)
+    stored, f16 = 2.0 * shape.parameters, tensor_bytes(shape, None)
     largest = max((tensor.elements for tensor in shape.tensors), default=0)
+    # Loading in another format keeps the file mapped beside its copy.
+    fits = 4.0 * shape.parameters + BESIDE <= free
+    exact = stored + (4.0 * shape.parameters if fits else stored + 4.0 * largest)
     yield "tokenize", TABLES + 700 * shape.vocabulary
-    yield "check_base", SCORING + exact + stored
+    yield "check_base", SCORING + exact
     if not settings["train"]["adapter"]:
-        loading = BYTES[precision] * shape.parameters + stored  # the file mapped beside its copy
+        loading = BYTES[precision] * shape.parameters + stored
         kernels = KERNELS if precision == "bf16" else 0
         computing = training_bytes(settings, shape, rows, device, precision) + kernels
         yield "train", TORCH + (stored if device == "cuda" else max(loading, computing))
-    # Loading in fp32 keeps the file mapped beside its copy.
-    yield "merge", TORCH + exact + stored
+    yield "merge", TORCH + min(stored, SHARD) + 6 * largest
     yield "convert", CONVERT + 2 * largest + 500 * shape.vocabulary
-    yield "check_parity", SCORING + f16 + exact + stored
+    yield "check_parity", SCORING + f16 + exact
     yield "quantize", 60e6 + f16
-    yield "evaluate (PyTorch)", SCORING + exact + stored
+    yield "evaluate (PyTorch)", SCORING + exact
     yield "evaluate (llama.cpp)", LLAMA + f16
 
 

@@ -104,8 +104,8 @@ def check_memory(run: Run) -> list[Finding]:
     """The largest program against the memory that is free, and the training against the GPU's."""
     device, precision, card = training_device(run)
     shape, rows = run.facts["shape"](), run.facts["rows"]()
-    items = estimate.memory_items(run, shape, rows, device, precision)
     free = limits.free_memory()
+    items = estimate.memory_items(run, shape, rows, device, precision, free)
     if shape is None:
         return [
             Finding(

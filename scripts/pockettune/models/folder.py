@@ -114,7 +114,10 @@ def _missing_files(folder: Path) -> list[str]:
 
 
 def _config_faults(folder: Path) -> list[str]:
-    """Look for auto_map, in tokenizer_config.json too: llama.cpp's converter would run what it names."""
+    """Look for auto_map, in tokenizer_config.json too: llama.cpp's converter would run what it names.
+
+    Weights that are packed for another library are no matrices to merge into.
+    """
     faults = []
     for path in sorted(folder.glob("*config.json")):
         try:
@@ -126,6 +129,9 @@ def _config_faults(folder: Path) -> list[str]:
             faults.append(f"{path.name} is not a JSON object")
         elif "auto_map" in config:
             faults.append(f"{path.name} asks to run the model's own code (auto_map), which is refused")  # fmt: skip
+        elif "quantization_config" in config:
+            method = dict(config["quantization_config"] or {}).get("quant_method", "unknown")
+            faults.append(f"its weights are quantized ({method}); take the model's 16-bit weights")
     return faults
 
 
