@@ -12,11 +12,11 @@ import argparse
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
-
-import numpy as np
 
 from common import (
     CONVERTER,
@@ -32,12 +32,14 @@ from common import (
 )
 
 PARAMETERS = 3_085_938_688
+SHAPE = {"hidden_size": 2048, "intermediate_size": 11_008, "num_hidden_layers": 36, "num_attention_heads": 16}  # fmt: skip
 MODEL, ADAPTER = WORK / "model-3b", WORK / "adapter-3b"
 LEFT_FREE = 9 * 10**9  # bytes, for the second gate: fp32 weights take 12.3 GB
 
 
-def make_adapter(settings: dict[str, Any]) -> None:
-    """Write an adapter of the default shape whose B is not zero."""
+def make_models() -> None:
+    """Write the model, and an adapter of the default shape whose B is not zero."""
+    make_qwen(MODEL, PARAMETERS, **SHAPE)
     if ADAPTER.exists():
         return
     import torch
@@ -45,7 +47,8 @@ def make_adapter(settings: dict[str, Any]) -> None:
     from pockettune.models.adapters import add_adapter
     from pockettune.models.folder import load_model
 
-    adapted: Any = add_adapter(load_model(MODEL, dtype=torch.bfloat16), settings["train"], MODEL)
+    base = load_model(MODEL, dtype=torch.bfloat16)
+    adapted: Any = add_adapter(base, default_settings()["train"], MODEL)
     torch.manual_seed(1)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
@@ -68,29 +71,51 @@ def commands(settings: dict[str, Any], threads: int) -> dict[str, list[object]]:
     }  # fmt: skip
 
 
-@contextmanager
-def left_free(size: int) -> Iterator[None]:
-    """Hold so much memory that only `size` bytes are left free."""
+def hold(left: int) -> None:
+    """Hold so much memory that only `left` bytes are free, until the standard input ends."""
+    import numpy as np
+
     from pockettune.common.limits import free_memory
 
-    ballast = np.ones(max(free_memory() - size, 0), dtype=np.uint8)
-    yield
-    del ballast
+    ballast = np.ones(max(free_memory() - left, 0), dtype=np.uint8)
+    print(f"holds {ballast.nbytes} bytes", flush=True)
+    sys.stdin.read()
+
+
+@contextmanager
+def beside(*arguments: object) -> Iterator[None]:
+    """Run this file beside the block. A process of its own, as a measured one counts its parent's pages."""
+    command = [sys.executable, __file__, *map(str, arguments)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout and process.stdin
+        process.stdout.readline()
+        yield
+        process.stdin.close()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--rows", type=int, default=32, help="rows whose prompts the gate takes")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--make", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--hold", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    shape = {"hidden_size": 2048, "intermediate_size": 11_008, "num_hidden_layers": 36, "num_attention_heads": 16}  # fmt: skip
-    make_qwen(MODEL, PARAMETERS, **shape)
-    settings = default_settings()
-    make_adapter(settings)
-    make_data(2 * arguments.rows)
+    if arguments.make:
+        make_models()
+    elif arguments.hold:
+        hold(arguments.hold)
+    else:
+        measure_steps(arguments.rows, arguments.threads)
+
+
+def measure_steps(count: int, threads: int) -> None:
+    """Run all steps, write the page, and free the disk."""
+    with beside("--make"):
+        pass
+    make_data(2 * count)
     rows, gates = [], []
-    for name, command in commands(settings, arguments.threads).items():
-        with left_free(LEFT_FREE if "left free" in name else 2**60):
+    for name, command in commands(default_settings(), threads).items():
+        with beside("--hold", LEFT_FREE) if "left free" in name else nullcontext():
             result = measure(command)
         rows.append(f"| {name} | {result.seconds:.1f} s | {result.peak_bytes / 1e9:.2f} GB |")
         print(rows[-1], flush=True)
@@ -100,7 +125,7 @@ def main() -> None:
     write_page("larger", [
         "# A model of Qwen2.5-3B's shape, step by step", "",
         f"Made by `python benchmarks/larger.py` on {machine()}; {PARAMETERS:,} random weights in BF16, a"
-        f" random adapter, generated reviews. Peak memory is the largest resident set, in which the pages"
+        " random adapter, generated reviews. Peak memory is the largest resident set, in which the pages"
         " of files that are mapped count too.", "",
         "| step | time | peak memory |", "|---|---|---|", *rows, "",
         "| gate | logits apart by (of 0.05) | merge by (of 0.02) | weights |", "|---|---|---|---|", *gates, "",

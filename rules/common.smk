@@ -176,6 +176,15 @@ def program(name):
     }
 
 
+def folder(name, path):
+    """Return the inputs of a rule that reads a folder which another rule makes.
+
+    What decides is the manifest that the programs write beside it, compared by content: Snakemake would
+    look at the folder's time alone, which a copy to another disk changes.
+    """
+    return {name: ancient(path), f"{name}_manifest": f"{path}.sha256"}
+
+
 def command(options):
     """Return the shell command that runs a rule's program, an option for each word.
 

@@ -17,6 +17,7 @@ if GGUF_BASE:
             source=model_files(),
         output:
             model=directory(BASE_MODEL),
+            manifest=BASE_MODEL + ".sha256",
         log:
             "<results>/logs/import_gguf.log",
         benchmark:
@@ -43,6 +44,7 @@ else:
             source=model_files(),
         output:
             model=directory(BASE_MODEL),
+            manifest=BASE_MODEL + ".sha256",
         log:
             "<results>/logs/fetch_model.log",
         benchmark:
@@ -81,6 +83,7 @@ rule fetch_converter:
         **program("fetch_converter"),
     output:
         converter=directory(CONVERTER),
+        manifest=CONVERTER + ".sha256",
     log:
         "<results>/logs/fetch_converter.log",
     benchmark:
@@ -137,12 +140,13 @@ use rule pack_offline as pack_offline_with_wheels with:
 rule tokenize:
     input:
         **program("tokenize_dataset"),
-        model=BASE_MODEL,
+        **folder("model", BASE_MODEL),
         train="<results>/dataset/train.jsonl",
         validation="<results>/dataset/validation.jsonl",
         test="<results>/dataset/test.jsonl",
     output:
         tokens=directory("<results>/tokens"),
+        manifest="<results>/tokens.sha256",
     log:
         "<results>/logs/tokenize.log",
     benchmark:

@@ -9,7 +9,7 @@ localrules:
 rule evaluate_tfidf:
     input:
         **program("evaluate_tfidf"),
-        tokens="<results>/tokens",
+        **folder("tokens", "<results>/tokens"),
         train="<results>/dataset/train.jsonl",
         split=f"<results>/dataset/{SPLIT}.jsonl",
     output:
@@ -36,9 +36,9 @@ rule evaluate_tfidf:
 rule evaluate_base:
     input:
         **program("evaluate_model"),
-        model=BASE_MODEL,
+        **folder("model", BASE_MODEL),
+        **folder("tokens", "<results>/tokens"),
         adapter=[],
-        tokens="<results>/tokens",
         reference=[],
     output:
         metrics="<results>/metrics/base.json",
@@ -66,9 +66,9 @@ rule evaluate_base:
 use rule evaluate_base as evaluate_adapter with:
     input:
         **program("evaluate_model"),
-        model=BASE_MODEL,
-        adapter="<results>/adapter",
-        tokens="<results>/tokens",
+        **folder("model", BASE_MODEL),
+        **folder("adapter", "<results>/adapter"),
+        **folder("tokens", "<results>/tokens"),
         reference="<results>/logits/f16.npy",
     output:
         metrics="<results>/metrics/adapter.json",
@@ -82,9 +82,9 @@ use rule evaluate_base as evaluate_adapter with:
 use rule evaluate_base as evaluate_merged with:
     input:
         **program("evaluate_model"),
-        model="<results>/merged",
+        **folder("model", "<results>/merged"),
+        **folder("tokens", "<results>/tokens"),
         adapter=[],
-        tokens="<results>/tokens",
         reference="<results>/logits/f16.npy",
     output:
         metrics="<results>/metrics/merged.json",
@@ -99,8 +99,8 @@ use rule evaluate_base as evaluate_merged with:
 rule evaluate_f16:
     input:
         **program("evaluate_gguf"),
+        **folder("tokens", "<results>/tokens"),
         model="<results>/f16.gguf",
-        tokens="<results>/tokens",
         reference=[],
     output:
         metrics="<results>/metrics/f16.json",
@@ -128,8 +128,8 @@ rule evaluate_f16:
 use rule evaluate_f16 as evaluate_variant with:
     input:
         **program("evaluate_gguf"),
+        **folder("tokens", "<results>/tokens"),
         model="<results>/{variant}.gguf",
-        tokens="<results>/tokens",
         reference="<results>/logits/f16.npy",
     output:
         metrics="<results>/metrics/{variant}.json",
@@ -169,10 +169,10 @@ rule measure_speed:
 rule compare:
     input:
         **program("compare_stages"),
+        **folder("adapter", "<results>/adapter"),
         records=f"<results>/dataset/{SPLIT}.jsonl",
         metrics=expand("<results>/metrics/{stage}.json", stage=STAGES),
         predictions=expand("<results>/predictions/{stage}.parquet", stage=STAGES),
-        adapter="<results>/adapter",
     output:
         json="<results>/metrics.json",
         csv=report(
@@ -199,15 +199,15 @@ rule compare:
 rule report:
     input:
         **program("write_report"),
+        **folder("tokens", "<results>/tokens"),
+        **folder("adapter", "<results>/adapter"),
+        **folder("base", BASE_MODEL),
         templates=["report/report.html.j2", "report/card.md.j2"],
         metrics="<results>/metrics.json",
         flips="<results>/flips.json",
         parity="<results>/parity.json",
         speed=expand("<results>/speed/{file}.json", file=["f16", *VARIANTS]),
         audit="<results>/dataset/audit.json",
-        tokens="<results>/tokens",
-        adapter="<results>/adapter",
-        base=BASE_MODEL,
         benchmarks=expand("<results>/benchmarks/{job}.tsv", job=JOBS),
     output:
         html=report(

@@ -4,9 +4,9 @@
 rule convert:
     input:
         **program("convert_model"),
-        model="<results>/merged",
-        adapter="<results>/adapter",
-        converter=CONVERTER,
+        **folder("model", "<results>/merged"),
+        **folder("adapter", "<results>/adapter"),
+        **folder("converter", CONVERTER),
     output:
         gguf="<results>/f16.gguf",
     log:
@@ -30,11 +30,11 @@ rule convert:
 rule check_parity:
     input:
         **program("check_parity"),
-        base=BASE_MODEL,
-        adapter="<results>/adapter",
-        model="<results>/merged",
+        **folder("base", BASE_MODEL),
+        **folder("adapter", "<results>/adapter"),
+        **folder("model", "<results>/merged"),
+        **folder("tokens", "<results>/tokens"),
         gguf="<results>/f16.gguf",
-        tokens="<results>/tokens",
     output:
         parity="<results>/parity.json",
     log:

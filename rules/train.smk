@@ -5,10 +5,10 @@
 # modules: training depends on it, and a line of the merge's or the converter's must not train anew.
 rule check_base:
     input:
+        **folder("base", BASE_MODEL),
+        **folder("tokens", "<results>/tokens"),
+        **folder("converter", CONVERTER),
         program="scripts/check_base.py",
-        base=BASE_MODEL,
-        tokens="<results>/tokens",
-        converter=CONVERTER,
     output:
         check="<results>/base_check.json",
     log:
@@ -34,11 +34,12 @@ if OWN_ADAPTER:
     rule import_adapter:
         input:
             **program("import_adapter"),
-            base=BASE_MODEL,
+            **folder("base", BASE_MODEL),
             check="<results>/base_check.json",
             files=adapter_files(),
         output:
             adapter=directory("<results>/adapter"),
+            manifest="<results>/adapter.sha256",
         log:
             "<results>/logs/import_adapter.log",
         benchmark:
@@ -55,11 +56,12 @@ else:
     rule train:
         input:
             **program("train_adapter"),
-            base=BASE_MODEL,
+            **folder("base", BASE_MODEL),
+            **folder("tokens", "<results>/tokens"),
             check="<results>/base_check.json",
-            tokens="<results>/tokens",
         output:
             adapter=directory("<results>/adapter"),
+            manifest="<results>/adapter.sha256",
         log:
             "<results>/logs/train.log",
         benchmark:
@@ -83,10 +85,11 @@ else:
 rule merge:
     input:
         **program("merge_adapter"),
-        base=BASE_MODEL,
-        adapter="<results>/adapter",
+        **folder("base", BASE_MODEL),
+        **folder("adapter", "<results>/adapter"),
     output:
         merged=directory("<results>/merged"),
+        manifest="<results>/merged.sha256",
     log:
         "<results>/logs/merge.log",
     benchmark:

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import shutil
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -222,10 +223,10 @@ def append(file: str, text: str) -> Callable[[Path], None]:
 
 
 def touch_everything(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        bookkeeping = ".snakemake" in path.parts or path.name == ".snakemake_timestamp"
-        if path.is_file() and not bookkeeping:
-            os.utime(path)
+    """Give every file and folder a new time, the last first: as a copy to another disk may."""
+    paths = [path for path in sorted(folder.rglob("*")) if ".snakemake" not in path.parts]
+    for second, path in enumerate(reversed(paths), start=int(time.time()) - len(paths)):
+        os.utime(path, times=(second, second))
 
 
 def reorder(folder: Path) -> None:

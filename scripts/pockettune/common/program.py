@@ -15,6 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from pockettune.common import disk
+from pockettune.common.checksums import sha256
 from pockettune.common.errors import UserError
 from pockettune.common.redaction import RedactingFormatter
 
@@ -36,6 +37,9 @@ def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], No
     try:
         start_logging(arguments.log)
         work(arguments)
+        output = getattr(arguments, "output", None)
+        if output is not None and output.is_dir():
+            write_manifest(output)
     except UserError as error:
         fail(str(error))
     except Exception as error:
@@ -151,6 +155,17 @@ def staged(output: Path, needed: int | None = None) -> Iterator[Path]:
         partial.replace(output)
     finally:
         remove(partial)
+
+
+def write_manifest(folder: Path) -> None:
+    """Write the checksums of a folder's files beside it, in sha256sum's format.
+
+    It is what the rules compare, so that a folder with the same content is the same.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    lines = [f"{sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
+    with staged(folder.with_name(f"{folder.name}.sha256")) as partial:
+        partial.write_text("".join(lines), encoding="utf-8")
 
 
 def remove(path: Path) -> None:
