@@ -1,10 +1,11 @@
 """What the benchmarks share: the model of Qwen2.5-0.5B's shape, the settings, a stop-watch."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,12 @@ def measure(command: Sequence[object]) -> Measured:
     if process.returncode:
         raise SystemExit(f"error: {command[0]} ended with status {process.returncode}")
     return Measured(time.perf_counter() - started, usage.ru_maxrss * 1024)
+
+
+def apart(function: Callable[..., object], *arguments: object) -> None:
+    """Call a function in a process of its own: Linux counts what a parent holds as its child's peak."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        pool.apply(function, arguments)
 
 
 def machine() -> str:

@@ -1,6 +1,6 @@
-"""Show that cost grows with the rows and memory does not: tokenize, and a fixed number of updates.
+"""Show how time and memory grow with the rows: fetch, tokenize, and a fixed number of updates.
 
-    python benchmarks/growth.py [--rows 1000 10000 100000]
+    python benchmarks/growth.py [--rows 1000 10000 100000 1000000]
 
 On a random model of 2 million parameters, generated reviews, 40 updates of 16 rows each.
 Writes benchmarks/growth.md.
@@ -13,6 +13,7 @@ import random
 
 from common import (
     WORK,
+    apart,
     data_steps,
     default_settings,
     machine,
@@ -52,14 +53,14 @@ def make_base() -> None:
 
 def measure_rows(rows: int) -> str:
     """Return a table's row for a dataset of this many rows."""
-    make_data(rows)
+    apart(make_data, rows)
     settings = default_settings()
     settings["train"].update(
         batch_size=BATCH, epochs=UPDATES * BATCH / rows, eval_every=None, learning_rate=2e-3
     )
     text = json.dumps(settings, ensure_ascii=False)
     steps = data_steps(BASE, text)
-    measure(steps["fetch_dataset"])
+    fetched = measure(steps["fetch_dataset"])
     tokenized = measure(steps["tokenize"])
     trained = measure(
         step("train_adapter", "--settings", text, "--base", BASE, "--tokens", WORK / "tokens", "--threads",
@@ -67,14 +68,14 @@ def measure_rows(rows: int) -> str:
     )  # fmt: skip
     size = sum(path.stat().st_size for path in (WORK / "tokens").iterdir())
     return (
-        f"| {rows:,} | {tokenized.seconds:.1f} | {tokenized.peak_bytes / 1e6:.0f} | {size / 1e6:.1f}"
+        f"| {rows:,} | {fetched.seconds:.1f} | {fetched.peak_bytes / 1e6:.0f} | {tokenized.seconds:.1f} | {tokenized.peak_bytes / 1e6:.0f} | {size / 1e6:.1f}"
         f" | {trained.seconds:.1f} | {trained.peak_bytes / 1e6:.0f} |"
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--rows", type=int, nargs="+", default=[1_000, 10_000, 100_000])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1_000, 10_000, 100_000, 1_000_000])
     arguments = parser.parse_args()
     make_base()
     lines = [measure_rows(rows) for rows in arguments.rows]
@@ -82,8 +83,8 @@ def main() -> None:
         "# Rows, time and memory", "",
         f"Made by `python benchmarks/growth.py` on {machine()}: a random model of 2 M parameters, generated reviews;"
         f" rows to train on, half as many in test; {UPDATES} updates of {BATCH} rows.", "",
-        "| rows | tokenize, s | tokenize, peak MB | tokens/, MB | train, s | train, peak MB |",
-        "|---|---|---|---|---|---|", *lines,
+        "| rows | fetch, s | fetch, peak MB | tokenize, s | tokenize, peak MB | tokens/, MB | train, s | train, peak MB |",
+        "|---|---|---|---|---|---|---|---|", *lines,
     ])  # fmt: skip
 
 

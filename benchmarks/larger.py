@@ -21,6 +21,7 @@ from typing import Any
 from common import (
     CONVERTER,
     WORK,
+    apart,
     data_steps,
     default_settings,
     machine,
@@ -64,7 +65,7 @@ def commands(settings: dict[str, Any], threads: int) -> dict[str, list[object]]:
     return {
         **data_steps(MODEL, text),
         "merge": step("merge_adapter", "--base", MODEL, "--adapter", ADAPTER, "--output", merged),
-        "convert": step("convert_model", "--model", merged, "--adapter", ADAPTER, "--converter", CONVERTER, "--settings", text, "--output", gguf),
+        "convert": step("convert_model", "--model", merged, "--converter", CONVERTER, "--settings", text, "--output", gguf),
         "check_parity": gate,
         f"check_parity, {LEFT_FREE / 1e9:.0f} GB left free": gate,
         "quantize": step("quantize_model", "--settings", '{"type": "Q4_K_M"}', "--source", gguf, "--threads", threads, "--output", WORK / "q4_k_m-3b.gguf"),
@@ -84,7 +85,7 @@ def hold(left: int) -> None:
 
 @contextmanager
 def beside(*arguments: object) -> Iterator[None]:
-    """Run this file beside the block. A process of its own, as a measured one counts its parent's pages."""
+    """Run this file with these arguments beside the block."""
     command = [sys.executable, __file__, *map(str, arguments)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout and process.stdin
@@ -97,12 +98,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--rows", type=int, default=32, help="rows whose prompts the gate takes")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--make", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--hold", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.make:
-        make_models()
-    elif arguments.hold:
+    if arguments.hold:
         hold(arguments.hold)
     else:
         measure_steps(arguments.rows, arguments.threads)
@@ -110,8 +108,7 @@ def main() -> None:
 
 def measure_steps(count: int, threads: int) -> None:
     """Run all steps, write the page, and free the disk."""
-    with beside("--make"):
-        pass
+    apart(make_models)
     make_data(2 * count)
     rows, gates = [], []
     for name, command in commands(default_settings(), threads).items():

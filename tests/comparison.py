@@ -35,6 +35,8 @@ def content(path: Path) -> Any:
         return None
     if path.suffix == ".json":
         return unmeasured(json.loads(path.read_text()))
+    if path.suffix == ".sha256":  # of what was measured, too
+        return [line for line in path.read_text().splitlines() if not line.endswith(".json")]
     if path.name == "metrics.csv":
         return pd.read_csv(path).drop(columns="seconds").to_csv()
     return path.read_bytes()

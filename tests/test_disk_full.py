@@ -161,7 +161,8 @@ def test_full_disk_is_one_line_and_with_room_the_same_call_finishes(
         assert sha256(output) == sha256(made)
     size = disk.used_bytes(output)
     assert 0.98 * size < needed <= size, "never more than it takes"
-    assert contents(small) == sorted(["logs", output.name])
+    manifest = [f"{output.name}.sha256"] if output.is_dir() else []
+    assert contents(small) == sorted(["logs", output.name, *manifest])
 
 
 def test_quantizing_is_refused_by_what_the_recipe_makes(small: Path, sources: Path) -> None:
@@ -394,5 +395,6 @@ def test_rule_fails_in_one_line_and_finishes_with_room(
     resize(small, LARGE)
     result = run_snakemake(checkout, *command)
     assert result.returncode == 0, result.stdout
-    (model,) = small.iterdir()
+    model, manifest = sorted(small.iterdir())
+    assert f"{sha256(model / 'config.json')}  config.json" in manifest.read_text().splitlines()
     assert sha256(model / "model.safetensors") == sha256(tiny_model / "model.safetensors")

@@ -129,7 +129,7 @@ def gather_report(finished_run: Path, flips: Path) -> dict[str, Any]:
             audit=results / "dataset/audit.json",
             tokens=results / "tokens",
             adapter=results / "adapter",
-            base=next((finished_run / "resources/models").glob("base@*")),
+            base=next((finished_run / "resources/models").glob("base@*/")),
             benchmarks=sorted((results / "benchmarks").glob("*.tsv")),
         )
     )
@@ -171,6 +171,23 @@ def test_temperature_is_told_where_one_was_fitted(finished_run: Path) -> None:
     assert "5.0 % to 2.0 %" in page and "<td>60.0 %, –</td>" in page
     assert "<td>70.0 %, 98.7 %</td>" in page
     assert "divided by 1.5, fitted on validation: f16 3.1 %" in card
+
+
+def test_report_and_card_tell_what_was_left_out_and_seen_elsewhere(finished_run: Path) -> None:
+    from write_report import render
+
+    content = gather_report(finished_run, finished_run / "results/small/flips.json")
+    templates = [finished_run / f"report/{name}.j2" for name in ("report.html", "card.md")]
+    page, card = (render(template, content) for template in templates)
+    assert "left out" not in page and "stand in validation" not in card
+    splits = content["audit"]["splits"]
+    splits["train"]["bad_rows"] = {"count": 4, "first": [f"line {i}: no label" for i in range(4)]}
+    splits["test"] |= {"seen_in_validation": 7, "texts_with_line_breaks": 11}
+    page, card = (render(template, content) for template in templates)
+    assert "4 rows of train were left out (dataset.bad_rows): line 0: no label; " in page
+    assert "<td>7</td><td>11</td>" in page
+    assert "7 of the test rows stand in validation" in card
+    assert "4 unusable rows of train were left out" in card
 
 
 def test_model_card_names_licence_language_and_numbers(finished_run: Path) -> None:

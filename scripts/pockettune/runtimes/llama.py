@@ -90,11 +90,12 @@ class LlamaModel:
         Begins with a BOS where the file asks for one, as pockettune.data.prompts.encode does.
         """
         data = text.encode()
-        ids = (llama_cpp.llama_token * (len(data) + 8))()
+        # A space may become three tokens, in a vocabulary of bytes that has no "▁".
+        ids = (llama_cpp.llama_token * (3 * len(data) + 8))()
         count = llama_cpp.llama_tokenize(
             self.vocabulary, data, len(data), ids, len(ids), False, True
         )
-        assert count >= 0, "a token stands for at least one byte"
+        assert count >= 0, "at most three tokens a byte"
         found = list(ids[:count])
         bos = llama_cpp.llama_vocab_bos(self.vocabulary)
         return [bos, *found] if self.adds_bos() and found[:1] != [bos] else found
