@@ -1,5 +1,6 @@
 """A model whose weights stay in 16 bits computes the numbers of fp32."""
 
+import argparse
 import logging
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import evaluate_model
+from pockettune.common.errors import UserError
 from pockettune.models.adapters import add_adapter
 from pockettune.models.folder import load_model
 from pockettune.runtimes import exact
@@ -75,6 +78,21 @@ def whole_base(folder: Path) -> torch.Tensor:
     with torch.inference_mode():
         logits: torch.Tensor = load_model(folder, dtype=torch.float32).eval()(PROMPT).logits
     return logits
+
+
+def test_scoring_out_of_memory_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB\nmore lines")
+
+    monkeypatch.setattr(evaluate_model, "load_exact", load)
+    arguments = argparse.Namespace(model=Path("x"), adapter=None, threads=torch.get_num_threads())
+    with (
+        pytest.raises(
+            UserError, match=r"^out of memory \(CUDA out of memory.*20 GiB\): run it where"
+        ),
+        evaluate_model.open_model(arguments, []),
+    ):
+        pass
 
 
 def test_told_before_it_is_done(

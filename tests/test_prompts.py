@@ -8,6 +8,7 @@ from pockettune.common.errors import UserError
 from pockettune.data.prompts import Example, ExampleMaker, Examples, take_evenly, write_examples
 from pockettune.models.folder import load_tokenizer
 from pockettune.tasks import load_task
+from tokenize_dataset import refuse_beyond
 
 TASK = {"type": "classification", "system": "助手", "prompt": "评论：{text}\n情感：", "labels": {"0": "负面", "1": "正面"}, "template_options": {}}  # fmt: skip
 COLUMNS = {"text_column": "text", "label_column": "label"}
@@ -65,6 +66,20 @@ def test_cut_does_not_depend_on_the_answer(tiny_model: Path) -> None:
 def test_prompt_that_leaves_no_room_is_refused(tiny_model: Path) -> None:
     with pytest.raises(UserError, match=r"tokenize\.max_length 20 leaves no room"):
         make(maker(tiny_model, 20), record("好"))
+
+
+def test_token_beyond_the_embedding_is_refused(tiny_model: Path) -> None:
+    examples = [make(maker(tiny_model), record("房间很干净。"))]
+    highest = max(examples[0].prompt_ids)
+    assert (
+        list(refuse_beyond(examples, highest + 1))
+        == list(refuse_beyond(examples, None))
+        == examples
+    )
+    with pytest.raises(
+        UserError, match=f"record test-1 holds token {highest}, .* has {highest} rows"
+    ):
+        list(refuse_beyond(examples, highest))
 
 
 def test_a_text_cannot_end_its_turn(tiny_model: Path) -> None:

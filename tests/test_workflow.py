@@ -387,3 +387,22 @@ def test_truncated_weights(checkout: Path) -> None:
     line = fail(checkout, {"model": {"path": "bad model 模型"}})
     assert "model.safetensors is truncated" in line
     assert not list((checkout / "resources/models").glob("*模型*"))
+
+
+def test_programs_on_this_machines_gpu_take_turns(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a GPU (nvidia-smi is there) training and scoring in PyTorch each need the one turn."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    found = run_snakemake(finished_run, "--dry-run", "--forceall", *SMALL).stdout
+    turns = {
+        rule: int(turn)
+        for rule, turn in re.findall(r"^rule (\w+):(?:\n .*)*?gpu_turn=(\d)", found, re.MULTILINE)
+    }
+    on_gpu = ("train", "evaluate_base", "evaluate_adapter", "evaluate_merged")
+    assert turns == dict.fromkeys(on_gpu, 1)
+    profile = yaml.safe_load((finished_run / "profiles/default/config.yaml").read_text())
+    assert profile["resources"]["gpu_turn"] == 1
