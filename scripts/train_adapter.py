@@ -5,9 +5,11 @@ answer token is predicted and nowhere else, and sequences are laid end to end be
 start instead of padded (pockettune.runtimes.packing). Loss: cross-entropy, mean over an answer's tokens, then
 over the examples. Now and then the adapter is scored on rows of validation; the best one is kept.
 
+With a teacher it also learns how likely that finds each label (pockettune.training.teacher).
+
 A killed run goes on from its last checkpoint, to the same adapter (pockettune.training.loop).
 
-Input   the base model; the folder tokens/
+Input   the base model; the folder tokens/; the folder teacher/ of score_teacher.py, if any
 Output  a PEFT adapter folder (adapter_config.json, adapter_model.safetensors) with training.json:
         loss and learning rate by update, validations, trainable parameters, seconds, peak memory;
         temperature and coverage: how far the adapter's probabilities can be trusted
@@ -44,6 +46,7 @@ from pockettune.training.loop import (
     run_updates,
     weigh_answers,
 )
+from pockettune.training.teacher import UNLABELLED_EXAMPLES, Teacher, load_teacher, teacher_files
 from pockettune.workflow.imports import imported_files
 
 LIBRARIES = ("torch", "transformers", "peft")  # whose versions decide the weights too
@@ -60,18 +63,20 @@ def train_adapter(
     scratch: Path,
     output: Path,
     save_every: float = 60.0,
+    teacher: Path | None = None,
 ) -> None:
-    """Train on tokens/train.arrow and write the adapter folder."""
+    """Train on tokens/train.arrow, and on the texts of teacher/, and write the adapter folder."""
     train = settings["train"]
     torch.set_num_threads(threads)
     torch.manual_seed(train["seed"])
     device = choose_device(train["device"])
     hardware = Hardware(device, choose_precision(train["precision"], device))
-    examples = Examples(tokens / "train.arrow")
+    labelled = Examples(tokens / "train.arrow")
+    examples, taught = add_teacher(labelled, settings, tokens, teacher)
     batches = draw_batches(examples.count_tokens(), train)
     weights = weigh_answers(
-        examples.count_references(),
-        float(examples.count_answer_tokens().mean()),
+        labelled.count_references(),
+        float(labelled.count_answer_tokens().mean()),
         balanced=train["class_weights"] == "balanced",
     )
     validator = make_validator(settings, tokens, len(batches))
@@ -84,15 +89,17 @@ def train_adapter(
         len(examples), f"{trainable:,}", hardware.precision, device,
     )  # fmt: skip
     disk.require_space(output, sum(p.numel() * p.element_size() for p in adapter))
-    checkpoint = scratch / deciding_digest(settings, base, tokens, hardware, threads)
+    checkpoint = scratch / deciding_digest(settings, base, tokens, teacher, hardware, threads)
     state = run_updates(
-        model, examples, batches, train, weights, hardware, validator, checkpoint, save_every
+        model, examples, batches, train, weights, hardware, validator, checkpoint, save_every, taught
     )
     with program.staged(output) as partial:
         model.save_pretrained(partial)  # type: ignore[operator]  # PEFT wraps a Module
         name_base(partial, base)
         summary = {
-            "examples": len(examples),
+            "examples": len(labelled),
+            "unlabelled_examples": len(examples) - len(labelled),
+            "teacher": train["teacher"],
             "trainable_parameters": trainable,
             "precision": hardware.precision,
             "quantization": train["quantization"],
@@ -105,6 +112,18 @@ def train_adapter(
         program.write_json(partial / "training.json", summary)
     program.remove(checkpoint)
     program.logger.info("loss %.4f after %d updates", state.updates[-1]["loss"], len(state.updates))
+
+
+def add_teacher(
+    labelled: Examples, settings: Mapping[str, Any], tokens: Path, folder: Path | None
+) -> tuple[Examples, Teacher | None]:
+    """Return what is trained on, the texts that the teacher alone labels at its end; and the teacher."""
+    if folder is None:
+        return labelled, None
+    unlabelled = folder / UNLABELLED_EXAMPLES
+    examples = Examples(tokens / "train.arrow", *([unlabelled] if unlabelled.exists() else []))
+    answers = program.read_json(tokens / "answers.json")
+    return examples, load_teacher(folder, settings["train"]["teacher"], examples, answers)
 
 
 def name_base(adapter: Path, base: Path) -> None:
@@ -174,17 +193,22 @@ def describe_trust(state: TrainingState, validator: Validator | None) -> dict[st
 
 
 def deciding_digest(
-    settings: Mapping[str, Any], base: Path, tokens: Path, hardware: Hardware, threads: int
+    settings: Mapping[str, Any],
+    base: Path,
+    tokens: Path,
+    teacher: Path | None,
+    hardware: Hardware,
+    threads: int,
 ) -> str:
     """Return a digest of all that decides the weights: this program's own lines, the libraries'
     versions and the number of threads, which orders sums, included."""
     program_file = Path(__file__)
     code = [program_file, *imported_files(program_file, root=program_file.parent)]
     inputs = [tokens / name for name in ("train.arrow", "validation.arrow", "answers.json")]
-    files = [*code, *inputs, base / "config.json", *weight_files(base)]
+    inputs += [*teacher_files(teacher), base / "config.json", *weight_files(base)]
     versions = {name: version(name) for name in LIBRARIES}
     deciding = [settings, hardware.device, hardware.precision, threads, versions]
-    return checkpoints.digest(deciding, files)
+    return checkpoints.digest(deciding, [*code, *inputs])
 
 
 def choose_device(wanted: str) -> str:
@@ -288,6 +312,8 @@ def main() -> None:
     )
     parser.add_argument("--base", type=Path, required=True, help="base model's folder")
     parser.add_argument("--tokens", type=Path, required=True, help="folder of tokenize_dataset.py")
+    # nargs="?": the rule without a teacher names the option alone.
+    parser.add_argument("--teacher", type=Path, nargs="?", help="folder of score_teacher.py")
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument(
         "--scratch",
@@ -301,7 +327,9 @@ def main() -> None:
 
     def work(a: argparse.Namespace) -> None:
         scratch = a.scratch or a.output.with_name("scratch")
-        train_adapter(a.settings, a.base, a.tokens, a.threads, scratch, a.output, a.save_every)
+        train_adapter(
+            a.settings, a.base, a.tokens, a.threads, scratch, a.output, a.save_every, a.teacher
+        )
 
     program.run(parser, work)
 

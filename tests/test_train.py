@@ -36,7 +36,7 @@ TRAIN: dict[str, Any] = {
     "batch_size": 4, "batch_tokens": None, "gradient_accumulation": 1, "epochs": 8,
     "warmup_ratio": 0.1, "scheduler": "cosine", "seed": 3, "quantization": "none",
     "gradient_checkpointing": False, "class_weights": "none", "device": "auto", "precision": "fp32",
-    "eval_every": 1, "eval_limit": None, "metric": "accuracy", "patience": None,
+    "eval_every": 1, "eval_limit": None, "metric": "accuracy", "patience": None, "teacher": None,
 }  # fmt: skip
 TASK = {"type": "classification", "system": "", "prompt": "{text}", "labels": {"0": "差", "1": "好"}, "template_options": {}}  # fmt: skip
 DATASET = {"text_column": "text", "label_column": "label"}
@@ -433,7 +433,7 @@ def test_threads_and_versions_decide_the_checkpoint(
 
     def digest(threads: int) -> str:
         hardware = loop.Hardware("cpu", "fp32")
-        return program.deciding_digest(settings(), tiny_model, tokens, hardware, threads)
+        return program.deciding_digest(settings(), tiny_model, tokens, None, hardware, threads)
 
     first = digest(1)
     assert first == digest(1) != digest(2)

@@ -47,7 +47,7 @@ class Example:
     id: str
     prompt: str
     prompt_ids: list[int]
-    answer_ids: list[int]  # ends with the end-of-turn token
+    answer_ids: list[int]  # ends with the end-of-turn token; empty where no answer is known
     reference: str
     seen: bool  # whether the text stands in train
     cut: bool  # whether the text was shortened
@@ -132,8 +132,11 @@ class ExampleMaker:
         self.bos = added_bos(tokenizer)
         self.control_pattern = starts_pattern(control_tokens(tokenizer))
 
-    def make(self, records: Iterable[Record]) -> Iterator[Example]:
-        """Yield an example for each record, a text that is too long cut at a character."""
+    def make(self, records: Iterable[Record], labelled: bool = True) -> Iterator[Example]:
+        """Yield an example for each record, a text that is too long cut at a character.
+
+        Records that are not `labelled` become examples without an answer.
+        """
         field = self.task.text_field
         # The longest answer counts, not the record's own: the cut must not give the answer away.
         room = self.max_length - max(map(len, self.answer_ids.values()))
@@ -147,12 +150,12 @@ class ExampleMaker:
                 kept, ids = shown[field], begin_with(self.bos, plain)
                 if len(ids) > room:
                     kept, prompt, ids = self._fit(shown, room)
-                answer = self.task.answer(record)
+                answer = self.task.answer(record) if labelled else ""
                 yield Example(
                     id=record["id"],
                     prompt=prompt,
                     prompt_ids=ids,
-                    answer_ids=self.answer_ids[answer],
+                    answer_ids=self.answer_ids[answer] if labelled else [],
                     reference=answer,
                     seen=record.get("seen", False),
                     cut=len(kept) < len(shown[field]),
@@ -227,13 +230,14 @@ def write_examples(path: Path, examples: Iterable[Example]) -> None:
 
 
 class Examples(Sequence[Example]):
-    """The examples of a file that `write_examples` wrote, read from the disk when asked for.
+    """The examples of files that `write_examples` wrote, read from the disk when asked for.
 
-    The file is mapped into memory, so that a large dataset takes no more of it than a small one.
+    The files are mapped into memory, so that a large dataset takes no more of it than a small one.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    def __init__(self, *paths: Path) -> None:
+        tables = [pa.ipc.open_file(pa.memory_map(str(path))).read_all() for path in paths]
+        self._table = pa.concat_tables(tables)
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
@@ -248,6 +252,10 @@ class Examples(Sequence[Example]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         return Example(**self._table.slice(index, 1).to_pylist()[0])
+
+    def ids(self) -> list[str]:
+        """Return the examples' ids, in order."""
+        return self._table["id"].to_pylist()
 
     def count_tokens(self) -> np.ndarray:
         """Return the tokens of each example, prompt and answer together."""

@@ -57,10 +57,10 @@ def _read_text(path: Path) -> pd.DataFrame:
                 return pd.DataFrame(_parse_lines(path, file))
         return _read_cells(path)
     except UnicodeDecodeError as error:
-        raise _not_utf8(path) from error
+        raise not_utf8(path) from error
 
 
-def _not_utf8(path: Path) -> UserError:
+def not_utf8(path: Path) -> UserError:
     """Say which line is not UTF-8; the reader's own error counts from somewhere within."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,10 +29,12 @@ from pockettune.runtimes.batching import group_by_tokens
 from pockettune.runtimes.memory import memory_hint
 from pockettune.tasks import Task
 from pockettune.training import checkpoints
+from pockettune.training.teacher import Teacher
 
 Settings = Mapping[str, Any]
 Scores = dict[str, float]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+WITHOUT_ANSWER = -100  # stands for the token that no one knows, and has no loss
 GRADIENT_NORM_LIMIT = 1.0  # the usual clip; keeps one odd batch from undoing the rest
 
 
@@ -251,19 +254,32 @@ def weigh_answers(counts: Mapping[str, int], mean_tokens: float, balanced: bool)
 
 
 def batch_loss(
-    model: torch.nn.Module, examples: Sequence[Example], weights: AnswerWeights
+    model: torch.nn.Module,
+    examples: Sequence[Example],
+    weights: AnswerWeights,
+    teacher: Teacher | None = None,
 ) -> torch.Tensor:
-    """Return the mean over examples of the weighted cross-entropy of all their answer tokens."""
+    """Return the mean over examples of the weighted cross-entropy of all their answer tokens.
+
+    With a teacher (1 - weight) of that, and weight of the divergence from what it says; an example
+    without an answer has the latter alone.
+    """
     sequences = [[*e.prompt_ids, *e.answer_ids[:-1]] for e in examples]
     # The token at position p is predicted at p - 1: the answer's first one at the prompt's last.
     positions = [
         range(len(e.prompt_ids) - 1, len(s)) for e, s in zip(examples, sequences, strict=True)
     ]
-    logits = packing.packed_logits(model, sequences, positions)
-    targets = torch.tensor([t for e in examples for t in e.answer_ids], device=logits.device)
-    of_tokens = [weights.of_token(e) for e in examples for _ in e.answer_ids]
-    losses = cross_entropy(logits.float(), targets, reduction="none")
-    return (losses * torch.tensor(of_tokens, device=logits.device)).sum() / len(examples)
+    logits = packing.packed_logits(model, sequences, positions).float()
+    answers = [(e, t) for e in examples for t in e.answer_ids or [WITHOUT_ANSWER]]
+    targets = torch.tensor([t for _, t in answers], device=logits.device)
+    of_tokens = torch.tensor([weights.of_token(e) for e, _ in answers], device=logits.device)
+    losses = cross_entropy(logits, targets, reduction="none", ignore_index=WITHOUT_ANSWER)
+    gold = (losses * of_tokens).sum() / len(examples)
+    if teacher is None:
+        return gold
+    behind_prompts = list(accumulate(map(len, positions[:-1]), initial=0))
+    divergence = teacher.divergence(logits[behind_prompts], examples)
+    return (1 - teacher.weight) * gold + teacher.weight * divergence
 
 
 def run_updates(
@@ -276,6 +292,7 @@ def run_updates(
     validator: Validator | None,
     scratch: Path,
     save_every: float,
+    teacher: Teacher | None = None,
 ) -> TrainingState:
     """Train to the end, to early stopping, or until asked to stop; go on from a checkpoint.
 
@@ -301,7 +318,7 @@ def run_updates(
                 break
             with memory_hint(less_memory(settings)):
                 batch = [examples[row] for row in rows]
-                make_update(model, batch, state, settings, weights, hardware)
+                make_update(model, batch, state, settings, weights, hardware, teacher)
                 number = len(state.updates)
                 if validator and (number % validator.interval == 0 or number == len(batches)):
                     scores, log_probabilities = validator.score(model, hardware)
@@ -335,12 +352,13 @@ def make_update(
     settings: Settings,
     weights: AnswerWeights,
     hardware: Hardware,
+    teacher: Teacher | None,
 ) -> None:
     """Change the parameters once, by the mean loss over `batch`."""
     loss = torch.zeros((), device=hardware.device)
     for part in cut_batch(batch, settings, hardware.device):
         with hardware.autocast():
-            share = batch_loss(model, part, weights) * (len(part) / len(batch))
+            share = batch_loss(model, part, weights, teacher) * (len(part) / len(batch))
         state.scaler.scale(share).backward()
         loss += share.detach()
     if not torch.isfinite(loss):
