@@ -34,6 +34,7 @@ from pockettune.common.errors import UserError
 from pockettune.machine.estimate import request
 from pockettune.machine.run import Run
 from pockettune.workflow.imports import imported_files
+from pockettune.workflow.teacher import deciding_files, find_teacher, weight_bytes
 
 # As in requirements.txt, so that the converter is of the same commit as the runtime.
 LLAMA_CPP_PYTHON = "0.3.36"
@@ -71,6 +72,8 @@ def user_files():
     for key in ("path", "chat_template"):
         files[f"model.{key}"] = config["model"][key]
     files["train.adapter"] = config["train"]["adapter"]
+    for key in ("path", "unlabelled_texts"):
+        files[f"train.teacher.{key}"] = (config["train"]["teacher"] or {}).get(key)
     return {
         key: path
         for key, path in files.items()
@@ -104,6 +107,9 @@ VARIANTS = sorted(config["quantize"])
 STAGES = ["tfidf", "base", "adapter", "merged", "f16", *VARIANTS]
 SPLIT = config["evaluate"]["split"]
 RESULTS = config.get("pathvars", {}).get("results", "results")
+TEACHER = config["train"].get("teacher") or {}
+with mistakes_in_one_line():
+    TEACHER_MODEL = find_teacher(TEACHER["path"], RESULTS) if TEACHER else None
 
 
 def settings(*sections):
@@ -236,6 +242,11 @@ def demo_files():
     return [path for path in files if path and path.startswith("resources/demo/")]
 
 
+def unlabelled_texts():
+    """Return the file of texts that the teacher alone labels, if there is one."""
+    return [TEACHER["unlabelled_texts"]] if TEACHER.get("unlabelled_texts") else []
+
+
 def adapter_files():
     """Return the files of an adapter that was trained elsewhere."""
     names = ("adapter_config.json", "adapter_model.safetensors")
@@ -252,6 +263,7 @@ JOBS = [
     "fetch_dataset",
     "tokenize",
     "check_base",
+    *(["score_teacher"] if TEACHER else []),
     "import_adapter" if OWN_ADAPTER else "train",
     "merge",
     "convert",

@@ -29,6 +29,46 @@ rule check_base:
         )
 
 
+if TEACHER:
+
+    # Once: neither its temperature nor its weight asks the teacher anew.
+    rule score_teacher:
+        input:
+            **program("score_teacher"),
+            **folder("base", BASE_MODEL),
+            **folder("tokens", "<results>/tokens"),
+            check="<results>/base_check.json",
+            teacher=deciding_files(TEACHER_MODEL),
+            splits=expand(
+                "<results>/dataset/{split}.jsonl",
+                split=["train", "validation", "test"],
+            ),
+            texts=unlabelled_texts(),
+        output:
+            scores=directory("<results>/teacher"),
+            manifest="<results>/teacher.sha256",
+        log:
+            "<results>/logs/score_teacher.log",
+        benchmark:
+            "<results>/benchmarks/score_teacher.tsv"
+        conda:
+            "../envs/llama_cpp.yaml"
+        threads: 4
+        resources:
+            gpu_turn=GPU_TURN,
+            # In fp32 beside the 16 bits that are stored.
+            mem_mb=memory(4000 + 3 * weight_bytes(TEACHER_MODEL) // 10**6),
+            runtime="4h",
+        params:
+            settings=settings("task", "tokenize", "dataset"),
+            teacher=str(TEACHER_MODEL),
+        shell:
+            command(
+                "params.settings input.base params.teacher input.tokens input.splits input.texts"
+                " threads output=output.scores"
+            )
+
+
 if OWN_ADAPTER:
 
     rule import_adapter:
@@ -58,6 +98,7 @@ else:
             **program("train_adapter"),
             **folder("base", BASE_MODEL),
             **folder("tokens", "<results>/tokens"),
+            **(folder("teacher", "<results>/teacher") if TEACHER else {"teacher": []}),
             check="<results>/base_check.json",
         output:
             adapter=directory("<results>/adapter"),
@@ -78,7 +119,8 @@ else:
             settings=settings("train", "task", "dataset"),
         shell:
             command(
-                "params.settings input.base input.tokens threads output=output.adapter"
+                "params.settings input.base input.tokens input.teacher threads"
+                " output=output.adapter"
             )
 
 

@@ -91,7 +91,16 @@ def train_adapter(
     disk.require_space(output, sum(p.numel() * p.element_size() for p in adapter))
     checkpoint = scratch / deciding_digest(settings, base, tokens, teacher, hardware, threads)
     state = run_updates(
-        model, examples, batches, train, weights, hardware, validator, checkpoint, save_every, taught
+        model,
+        examples,
+        batches,
+        train,
+        weights,
+        hardware,
+        validator,
+        checkpoint,
+        save_every,
+        taught,
     )
     with program.staged(output) as partial:
         model.save_pretrained(partial)  # type: ignore[operator]  # PEFT wraps a Module

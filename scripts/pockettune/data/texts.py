@@ -34,6 +34,7 @@ def _blank_lines(path: Path) -> list[str]:
         return []
     with path.open(encoding="utf-8-sig", newline="") as file:
         if path.suffix == ".csv":  # whose quoted cells may hold blank lines
+            csv.field_size_limit(2**31 - 1)  # bytes; else a cell of 128 KiB is an error
             reader = csv.reader(file)
             return [f"line {reader.line_num}" for row in reader if not row]
         return [f"line {n}" for n, line in enumerate(file, start=1) if not line.strip()]

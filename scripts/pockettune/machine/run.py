@@ -156,4 +156,6 @@ def local_files(config: Config) -> dict[str, str]:
         config["model"]["path"],
         config["train"]["adapter"],
     )
+    for key in ("path", "unlabelled_texts"):
+        files[f"train.teacher.{key}"] = (config["train"]["teacher"] or {}).get(key)
     return {key: path for key, path in files.items() if path and not path.startswith("resources/")}

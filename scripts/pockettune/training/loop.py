@@ -352,7 +352,7 @@ def make_update(
     settings: Settings,
     weights: AnswerWeights,
     hardware: Hardware,
-    teacher: Teacher | None,
+    teacher: Teacher | None = None,
 ) -> None:
     """Change the parameters once, by the mean loss over `batch`."""
     loss = torch.zeros((), device=hardware.device)

@@ -63,7 +63,9 @@ def load_teacher(
     files = [path for name in (TRAIN, UNLABELLED) if (path := folder / name).exists()]
     table = pd.concat([pd.read_parquet(path) for path in files])
     if table["id"].tolist() != examples.ids():
-        raise UserError(f"{folder} scores other rows than those trained on: run score_teacher again")
+        raise UserError(
+            f"{folder} scores other rows than those trained on: run score_teacher again"
+        )
     scores = table[[f"log_probability_{word}" for word in answers["words"]]].astype("float32")
     return Teacher(
         scores=dict(zip(table["id"], scores.to_numpy().tolist(), strict=True)),

@@ -89,6 +89,8 @@ def drop_idle(config: Config) -> None:
         train["batch_size"] = None
     if train["eval_every"] is None:
         train.update(eval_limit=None, metric=None, patience=None)
+    if train["teacher"] and train["teacher"]["weight"] == 0:
+        train["teacher"] = None
     if train["adapter"]:
         config["train"] = {"adapter": train["adapter"]}
     if model["path"]:
@@ -198,6 +200,7 @@ def _describe(error: ValidationError) -> Iterator[str]:
 
 def _contradictions(config: Config) -> Iterator[str]:
     """Yield what the schema cannot say."""
+    teacher = config["train"]["teacher"] or {}
     files = {
         f"dataset.files.{key}": path for key, path in (config["dataset"]["files"] or {}).items()
     }
@@ -207,6 +210,8 @@ def _contradictions(config: Config) -> Iterator[str]:
             "model.path": config["model"]["path"],
             "model.chat_template": config["model"]["chat_template"],
             "train.adapter": config["train"]["adapter"],
+            "train.teacher.path": teacher.get("path"),
+            "train.teacher.unlabelled_texts": teacher.get("unlabelled_texts"),
             "pathvars.results": config.get("pathvars", {}).get("results"),
         }
     )
