@@ -181,12 +181,14 @@ def test_rows_seen_in_train_choose_nothing(tokens: Path) -> None:
 # --- killed and resumed ---
 
 
-def start_program(base: Path, tokens: Path, folder: Path) -> subprocess.Popen[str]:
+def start_program(
+    base: Path, tokens: Path, folder: Path, scores: Path | None = None, **changes: Any
+) -> subprocess.Popen[str]:
     """Start the program as the rule does, a checkpoint after every update."""
     command = [
         sys.executable, ROOT / "scripts/train_adapter.py",
-        "--settings", json.dumps(settings(epochs=40)), "--base", base, "--tokens", tokens,
-        "--threads", "1", "--scratch", folder / "scratch", "--save-every", "0",
+        "--settings", json.dumps(settings(epochs=40, **changes)), "--base", base, "--tokens", tokens,
+        "--teacher", *([scores] if scores else []), "--threads", "1", "--scratch", folder / "scratch", "--save-every", "0",
         "--output", folder / "adapter", "--log", folder / "log",
     ]  # fmt: skip
     return subprocess.Popen(

@@ -269,6 +269,14 @@ def bring_adapter(folder: Path) -> None:
     edit_run("train", adapter="my adapter")(folder)
 
 
+def bring_teacher(folder: Path) -> None:
+    """Learn from a copy of the run's own model as if another run had made it."""
+    for name in ("merged", "tokens"):
+        shutil.copytree(folder / "results/small" / name, folder / "results/large" / name, dirs_exist_ok=True)  # fmt: skip
+    shutil.copyfile(folder / "results/small/merged.sha256", folder / "results/large/merged.sha256")
+    edit_run("train", teacher={"path": "results/large"})(folder)
+
+
 REBUILDS: dict[str, tuple[Callable[[Path], object], dict[str, int]]] = {
     "nothing": (lambda folder: None, {}),
     "touching every file": (touch_everything, {}),
@@ -290,6 +298,8 @@ REBUILDS: dict[str, tuple[Callable[[Path], object], dict[str, int]]] = {
     "card.license": (edit_run("card", license="cc-by-4.0"), FROM_CONVERT),
     "train.learning_rate": (edit_run("train", learning_rate=1e-3), FROM_TRAIN),
     "train.adapter": (bring_adapter, {"check_base": 1, "import_adapter": 1, **FROM_MERGE}),
+    "train.teacher": (bring_teacher, {"score_teacher": 1, **FROM_TRAIN}),
+    "train.teacher without weight": (edit_run("train", teacher={"path": "data/base", "weight": 0}), {}),
     "two values of train swapped": (edit_config(swap_rank_and_alpha), {"check_base": 1, **FROM_TRAIN}),
     "tokenize.max_length": (edit_run("tokenize", max_length=64), FROM_TOKENIZE),
     "task.prompt": (edit_run("task", prompt="{text}"), FROM_TOKENIZE),
@@ -310,6 +320,45 @@ def test_change_reruns_what_depends_on_it(change: str, checkout: Path) -> None:
     edit, expected = REBUILDS[change]
     edit(checkout)
     assert planned(checkout) == expected
+
+
+def test_teacher_is_asked_once(checkout: Path) -> None:
+    """What it says is kept while its temperature or weight changes, and asked anew for with its files."""
+    edit_config(lambda c: c.update(pathvars={"results": "results/taught"}), "runs/small.yaml")(
+        checkout
+    )
+    (checkout / "data/more.txt").write_text("房间很好，早餐也好\n服务很慢\n", encoding="utf-8")
+    bring_teacher(checkout)
+    teacher: dict[str, Any] = {"path": "results/large", "unlabelled_texts": "data/more.txt"}
+    edit_run("train", teacher=teacher, epochs=0.2, eval_every=None)(checkout)
+    target = (*SMALL, "--", "results/taught/merged")
+    result = run_snakemake(checkout, *target)
+    assert result.returncode == 0, result.stdout[-3000:]
+    told = json.loads((checkout / "results/taught/teacher/teacher.json").read_text())
+    assert told["train_agreement"] > 0.9 and told["unlabelled_texts"] == 2
+    training = json.loads((checkout / "results/taught/adapter/training.json").read_text())
+    assert training["unlabelled_examples"] == 2 and training["teacher"]["weight"] == 0.7
+    assert planned(checkout, *target) == {}
+    touch_everything(checkout)
+    assert planned(checkout, *target) == {}
+    for changed in ({"temperature": 3.0}, {"weight": 0.5}):
+        edit_run("train", teacher=teacher | changed)(checkout)
+        assert planned(checkout, *target) == {"train": 1, "merge": 1}
+    edit_run("train", teacher=teacher)(checkout)
+    asked_anew = {"score_teacher": 1, "train": 1, "merge": 1}
+    for file in ("data/more.txt", "results/large/merged.sha256"):
+        before = (checkout / file).read_bytes()
+        append(file, "x\n")(checkout)
+        assert planned(checkout, *target) == asked_anew, file
+        (checkout / file).write_bytes(before)
+    assert planned(checkout, *target) == {}
+
+
+def test_teacher_that_is_this_run_is_refused(checkout: Path) -> None:
+    edit_run("train", teacher={"path": "results/small"})(checkout)
+    result = run_snakemake(checkout, "--dry-run", *SMALL)
+    assert result.returncode == 2 and "Traceback" not in result.stdout
+    assert "train.teacher.path results/small is of this run itself" in result.stdout
 
 
 def test_checksum_of_a_model_is_no_reason_to_rerun(checkout: Path, tmp_path: Path) -> None:
