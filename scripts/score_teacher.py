@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from tokenizers import Tokenizer
 
 from pockettune.common import program
 from pockettune.common.checksums import sha256
@@ -33,13 +32,11 @@ from pockettune.data.records import read_records
 from pockettune.data.texts import read_texts
 from pockettune.evaluation.scoring import NextTokenLogits, score_answers
 from pockettune.gguf.files import read_gguf
-from pockettune.gguf.tokenizer import pieces
+from pockettune.gguf.vocabulary import describe_difference, read_vocabulary
 from pockettune.models.folder import (
     check_model_folder,
-    embedding_shape,
     load_tokenizer,
     published_name,
-    tensor_shapes,
     weight_files,
 )
 from pockettune.runtimes.memory import memory_hint
@@ -151,49 +148,24 @@ def make_unlabelled(settings: Mapping[str, Any], inputs: Inputs) -> tuple[list[E
 
 def check_teacher(inputs: Inputs, answers: Mapping[str, Any]) -> None:
     """Raise UserError where the teacher has other tokens than the base, or was taught other labels."""
-    if inputs.teacher.is_file():
-        metadata = read_gguf(inputs.teacher, "take another file")[0]
-        known = {number: text for number, text, _ in pieces(metadata)}
-    else:
-        check_model_folder(inputs.teacher)
-        metadata, known = {}, vocabulary(inputs.teacher)
-    check_vocabulary(inputs, known)
-    run = inputs.teacher.parent / "tokens/answers.json"  # of the run that made it
-    taught = metadata.get("pockettune.task.labels")
-    if taught is None and run.is_file():
+    teacher, taught = inputs.teacher, None
+    run = teacher.parent / "tokens/answers.json"  # of the run that made it
+    if run.is_file():
         taught = program.read_json(run)["words"]
+    if teacher.is_file():
+        taught = read_gguf(teacher, "take another file")[0].get("pockettune.task.labels", taught)
+    else:
+        check_model_folder(teacher)
+    if difference := describe_difference(inputs.base, read_vocabulary(teacher)):
+        raise UserError(
+            f"train.teacher {teacher} has another tokenizer than {published_name(inputs.base)}:"
+            f" {difference}; take one of the same family of models, with its whole vocabulary"
+        )
     if taught is not None and set(taught) != set(answers["words"]):
         raise UserError(
-            f"train.teacher {inputs.teacher} was taught the labels {', '.join(taught)}, task.labels has"
+            f"train.teacher {teacher} was taught the labels {', '.join(taught)}, task.labels has"
             f" {', '.join(answers['words'])}: take a teacher of the same labels"
         )
-
-
-def check_vocabulary(inputs: Inputs, known: Mapping[int, str]) -> None:
-    """Raise UserError unless the base's tokens are the teacher's too, by the same ids."""
-    shape = embedding_shape(tensor_shapes(inputs.base))
-    # Spaces, because a GGUF file has some where SentencePiece writes its own sign.
-    own = {
-        number: text.replace("▁", " ")
-        for number, text in vocabulary(inputs.base).items()
-        if not shape
-        or number < shape[0]  # Gemma 3 has a token for images, which is none of the text's
-    }
-    others = {number: text.replace("▁", " ") for number, text in known.items()}
-    if differing := sorted(number for number, text in own.items() if others.get(number) != text):
-        first = differing[0]
-        raise UserError(
-            f"train.teacher {inputs.teacher} has another tokenizer than {published_name(inputs.base)}:"
-            f" {len(differing):,} of {len(own):,} tokens differ, the first is {first},"
-            f" {others.get(first)!r} and not {own[first]!r}; take one of the same family of models, with"
-            " its whole vocabulary"
-        )
-
-
-def vocabulary(folder: Path) -> dict[int, str]:
-    """Return the text of each token of a model folder's tokenizer, by id."""
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    return {number: text for text, number in tokenizer.get_vocab().items()}
 
 
 def teacher_weights(teacher: Path) -> list[Path]:

@@ -66,7 +66,7 @@ def load_teacher(
         raise UserError(
             f"{folder} scores other rows than those trained on: run score_teacher again"
         )
-    scores = table[[f"log_probability_{word}" for word in answers["words"]]].astype("float32")
+    scores = table[[f"log_probability_{word}" for word in answers["words"]]]
     return Teacher(
         scores=dict(zip(table["id"], scores.to_numpy().tolist(), strict=True)),
         label_tokens=label_tokens(answers["words"], answers["ids"]),
