@@ -118,6 +118,14 @@ def settings(*sections):
     return lambda wildcards: text
 
 
+def fetch_settings(wildcards):
+    """Return which model is fetched, without what is made of it."""
+    model = {
+        key: value for key, value in config["model"].items() if key != "keep_layers"
+    }
+    return json.dumps({"model": model}, sort_keys=True, ensure_ascii=False)
+
+
 def dataset_settings(wildcards):
     """Return what decides the records: the dataset and the labels, but not the prompt."""
     task = {key: config["task"][key] for key in ("type", "labels")}
@@ -227,7 +235,7 @@ def model_files():
 
 def hub_model():
     """Return the base model's folder, or nothing where it is a local one, which needs no hub."""
-    return [] if config["model"]["path"] else BASE_MODEL
+    return [] if config["model"]["path"] else FETCHED_MODEL
 
 
 def demo_files():
@@ -251,6 +259,7 @@ def dataset_files():
 JOBS = [
     "fetch_dataset",
     "tokenize",
+    *(["shrink_model"] if KEEP_LAYERS else []),
     "check_base",
     "import_adapter" if OWN_ADAPTER else "train",
     "merge",
@@ -283,9 +292,12 @@ def repeat_errors(snakemake_logs):
             print(f"error: {message}", file=sys.stderr)
 
 
-BASE_MODEL = model_folder(config["model"])
+FETCHED_MODEL = model_folder(config["model"])
 with mistakes_in_one_line():
-    check_fetched(Path(BASE_MODEL), PINS)
+    check_fetched(Path(FETCHED_MODEL), PINS)
+KEEP_LAYERS = config["model"]["keep_layers"]
+# What is trained: the model as it was fetched, or what shrink_model makes of it.
+BASE_MODEL = "<results>/base" if KEEP_LAYERS else FETCHED_MODEL
 CONVERTER = f"resources/llama.cpp-{LLAMA_CPP_PYTHON}"
 # What is made of Python packages for this config, and the archives that rules take things out of:
 # for the offline bundle.
