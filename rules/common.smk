@@ -100,6 +100,7 @@ PINS = pinned_files(config["model"].pop("sha256"))
 set_environment(config["hub"], PINS)
 OWN_ADAPTER = config["train"]["adapter"]
 GGUF_BASE = is_gguf(config["model"]["path"])
+KEEP_LAYERS = config["model"]["keep_layers"]
 VARIANTS = sorted(config["quantize"])
 STAGES = ["tfidf", "base", "adapter", "merged", "f16", *VARIANTS]
 SPLIT = config["evaluate"]["split"]
@@ -295,7 +296,6 @@ def repeat_errors(snakemake_logs):
 FETCHED_MODEL = model_folder(config["model"])
 with mistakes_in_one_line():
     check_fetched(Path(FETCHED_MODEL), PINS)
-KEEP_LAYERS = config["model"]["keep_layers"]
 # What is trained: the model as it was fetched, or what shrink_model makes of it.
 BASE_MODEL = "<results>/base" if KEEP_LAYERS else FETCHED_MODEL
 CONVERTER = f"resources/llama.cpp-{LLAMA_CPP_PYTHON}"

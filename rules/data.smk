@@ -17,7 +17,7 @@ if GGUF_BASE:
             source=model_files(),
         output:
             model=directory(FETCHED_MODEL),
-            manifest=FETCHED_MODEL + ".sha256",
+            manifest=f"{FETCHED_MODEL}.sha256",
         log:
             "<results>/logs/import_gguf.log",
         benchmark:
@@ -44,7 +44,7 @@ else:
             source=model_files(),
         output:
             model=directory(FETCHED_MODEL),
-            manifest=FETCHED_MODEL + ".sha256",
+            manifest=f"{FETCHED_MODEL}.sha256",
         log:
             "<results>/logs/fetch_model.log",
         benchmark:
@@ -83,7 +83,7 @@ rule fetch_converter:
         **program("fetch_converter"),
     output:
         converter=directory(CONVERTER),
-        manifest=CONVERTER + ".sha256",
+        manifest=f"{CONVERTER}.sha256",
     log:
         "<results>/logs/fetch_converter.log",
     benchmark:

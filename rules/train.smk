@@ -9,7 +9,7 @@ if KEEP_LAYERS:
             **folder("base", FETCHED_MODEL),
         output:
             base=directory(BASE_MODEL),
-            manifest=BASE_MODEL + ".sha256",
+            manifest=f"{BASE_MODEL}.sha256",
         log:
             "<results>/logs/shrink_model.log",
         benchmark:
