@@ -103,6 +103,7 @@ PINS = pinned_files(config["model"].pop("sha256"))
 set_environment(config["hub"], PINS)
 OWN_ADAPTER = config["train"]["adapter"]
 GGUF_BASE = is_gguf(config["model"]["path"])
+KEEP_LAYERS = config["model"]["keep_layers"]
 VARIANTS = sorted(config["quantize"])
 STAGES = ["tfidf", "base", "adapter", "merged", "f16", *VARIANTS]
 SPLIT = config["evaluate"]["split"]
@@ -122,6 +123,14 @@ def settings(*sections):
     chosen = {section: config[section] for section in sections}
     text = json.dumps(chosen, sort_keys=True, ensure_ascii=False)
     return lambda wildcards: text
+
+
+def fetch_settings(wildcards):
+    """Return which model is fetched, without what is made of it."""
+    model = {
+        key: value for key, value in config["model"].items() if key != "keep_layers"
+    }
+    return json.dumps({"model": model}, sort_keys=True, ensure_ascii=False)
 
 
 def dataset_settings(wildcards):
@@ -233,7 +242,7 @@ def model_files():
 
 def hub_model():
     """Return the base model's folder, or nothing where it is a local one, which needs no hub."""
-    return [] if config["model"]["path"] else BASE_MODEL
+    return [] if config["model"]["path"] else FETCHED_MODEL
 
 
 def demo_files():
@@ -262,6 +271,7 @@ def dataset_files():
 JOBS = [
     "fetch_dataset",
     "tokenize",
+    *(["shrink_model"] if KEEP_LAYERS else []),
     "check_base",
     *(["score_teacher"] if TEACHER else []),
     "import_adapter" if OWN_ADAPTER else "train",
@@ -295,9 +305,11 @@ def repeat_errors(snakemake_logs):
             print(f"error: {message}", file=sys.stderr)
 
 
-BASE_MODEL = model_folder(config["model"])
+FETCHED_MODEL = model_folder(config["model"])
 with mistakes_in_one_line():
-    check_fetched(Path(BASE_MODEL), PINS)
+    check_fetched(Path(FETCHED_MODEL), PINS)
+# What is trained: the model as it was fetched, or what shrink_model makes of it.
+BASE_MODEL = "<results>/base" if KEEP_LAYERS else FETCHED_MODEL
 CONVERTER = f"resources/llama.cpp-{LLAMA_CPP_PYTHON}"
 # What is made of Python packages for this config, and the archives that rules take things out of:
 # for the offline bundle.

@@ -16,8 +16,8 @@ if GGUF_BASE:
             **program("import_gguf"),
             source=model_files(),
         output:
-            model=directory(BASE_MODEL),
-            manifest=BASE_MODEL + ".sha256",
+            model=directory(FETCHED_MODEL),
+            manifest=f"{FETCHED_MODEL}.sha256",
         log:
             "<results>/logs/import_gguf.log",
         benchmark:
@@ -29,7 +29,7 @@ if GGUF_BASE:
             mem_mb=memory(8000, "check_parity"),
             runtime="1h",
         params:
-            settings=settings("model"),
+            settings=fetch_settings,
         shell:
             command("params.settings threads output=output.model")
 
@@ -43,8 +43,8 @@ else:
             **program("fetch_model"),
             source=model_files(),
         output:
-            model=directory(BASE_MODEL),
-            manifest=BASE_MODEL + ".sha256",
+            model=directory(FETCHED_MODEL),
+            manifest=f"{FETCHED_MODEL}.sha256",
         log:
             "<results>/logs/fetch_model.log",
         benchmark:
@@ -52,7 +52,7 @@ else:
         conda:
             "../envs/data.yaml"
         params:
-            settings=settings("model"),
+            settings=fetch_settings,
         shell:
             command("params.settings downloads=resources/downloads output=output.model")
 
@@ -83,7 +83,7 @@ rule fetch_converter:
         **program("fetch_converter"),
     output:
         converter=directory(CONVERTER),
-        manifest=CONVERTER + ".sha256",
+        manifest=f"{CONVERTER}.sha256",
     log:
         "<results>/logs/fetch_converter.log",
     benchmark:
@@ -140,7 +140,7 @@ use rule pack_offline as pack_offline_with_wheels with:
 rule tokenize:
     input:
         **program("tokenize_dataset"),
-        **folder("model", BASE_MODEL),
+        **folder("model", FETCHED_MODEL),
         train="<results>/dataset/train.jsonl",
         validation="<results>/dataset/validation.jsonl",
         test="<results>/dataset/test.jsonl",

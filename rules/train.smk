@@ -1,6 +1,30 @@
 # The adapter, and the model it makes of the base.
 
 
+if KEEP_LAYERS:
+
+    rule shrink_model:
+        input:
+            **program("shrink_model"),
+            **folder("base", FETCHED_MODEL),
+        output:
+            base=directory(BASE_MODEL),
+            manifest=f"{BASE_MODEL}.sha256",
+        log:
+            "<results>/logs/shrink_model.log",
+        benchmark:
+            "<results>/benchmarks/shrink_model.tsv"
+        conda:
+            "../envs/train.yaml"
+        resources:
+            mem_mb=memory(8000),
+            runtime="30m",
+        params:
+            keep=json.dumps(KEEP_LAYERS),
+        shell:
+            command("input.base params.keep output=output.base")
+
+
 # Before the hours: whether this model can go the whole way. Its program alone is an input and not its
 # modules: training depends on it, and a line of the merge's or the converter's must not train anew.
 rule check_base:

@@ -12,7 +12,7 @@ from conftest import CONVERTER, run_program
 from pockettune.common import program
 from pockettune.data.prompts import Example, encode, write_examples
 from pockettune.models.folder import load_tokenizer
-from pockettune.models.short import count_kinds, cut_layers
+from pockettune.models.layers import count_kinds, cut_layers
 
 SHAPE = {"adapter": None, "variant": "lora", "rank": 4, "alpha": 8, "dropout": 0.0,
          "target_modules": ["q_proj", "v_proj", "down_proj"]}  # fmt: skip
@@ -91,7 +91,7 @@ def test_short_model_has_every_kind_of_layer() -> None:
     kinds = ["sliding_attention"] * 5 + ["full_attention"]
     config = {"num_hidden_layers": 18, "layer_types": kinds * 3, "max_window_layers": 18}
     assert count_kinds(config) == 6
-    assert cut_layers(config, 18, 6) == {
+    assert cut_layers(config, 18, range(6)) == {
         "num_hidden_layers": 6, "layer_types": kinds, "max_window_layers": 6}  # fmt: skip
     assert count_kinds({"num_hidden_layers": 24}) == 1
     assert count_kinds({"num_hidden_layers": 27, "first_k_dense_replace": 1}) == 2

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausa
 
 from merge_adapter import carry_config, check_shape, merge_adapter
 from pockettune.common.errors import UserError
-from pockettune.models import merging
+from pockettune.models import merging, shards
 from pockettune.models.adapters import add_adapter
 from pockettune.models.folder import load_model, read_header, weight_files
 
@@ -129,7 +129,7 @@ def test_merged_tensor_by_tensor_as_whole(
 
     merge_whole(base, adapter, tmp_path / "whole")
     merge_adapter(base, adapter, tmp_path / "merged")
-    monkeypatch.setattr(merging, "SHARD", 60_000)
+    monkeypatch.setattr(shards, "SHARD", 60_000)
     merge_adapter(base, adapter, tmp_path / "sharded")
 
     whole, merged = load_all(tmp_path / "whole"), load_all(tmp_path / "merged")

@@ -284,6 +284,10 @@ REBUILDS: dict[str, tuple[Callable[[Path], object], dict[str, int]]] = {
     "hub.sources": (edit_run("hub", sources=["modelscope", "https://hf-mirror.com"]), {}),
     "hub.send_token_to": (edit_run("hub", send_token_to=["hub.example.org"]), {}),
     "dataset.subset, idle beside files": (edit_run("dataset", subset="x"), {}),
+    "model.keep_layers": (
+        edit_run("model", keep_layers=1),
+        {"shrink_model": 1, "check_base": 1, "evaluate_base": 1, **FROM_TRAIN},
+    ),
     "model.name, idle beside a path": (edit_run("model", name="a/b"), {}),
     "numbers spelled another way": (edit_run("train", alpha=16.0, batch_size=32.0, epochs=2.0), {}),
     "a default spelled out": (edit_run("quantize", q8_0={"type": "Q8_0", "pure": False}), {}),

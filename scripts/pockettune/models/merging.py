@@ -4,36 +4,16 @@ The model itself is built without weights. PEFT's own layers do the arithmetic, 
 only while it is merged: LoRA, rsLoRA and DoRA come out as merge_and_unload makes them of the whole model.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_state_dict_into_shards_factory
-from safetensors import safe_open
-from safetensors.torch import save_file
 
-from pockettune.common import program
 from pockettune.common.errors import UserError
-from pockettune.models.folder import INDEX, check_unchanged, read_header, weight_files
+from pockettune.models.folder import check_unchanged
+from pockettune.models.shards import Stored, list_stored, write_shards
 
-SHARD = 2 * 10**9  # bytes of a file at most, which is what is held in memory
 FP16_MAX = torch.finfo(torch.float16).max
-BYTES = 2  # of a number as it is written
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor of the base's files: where it lies, its shape, and the module whose weight it is."""
-
-    path: Path
-    shape: tuple[int, ...]
-    module: str
-
-    @property
-    def size(self) -> int:
-        return BYTES * torch.Size(self.shape).numel()
 
 
 def empty_model(base: Path) -> Any:
@@ -45,8 +25,9 @@ def empty_model(base: Path) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=torch.float16)
 
 
-def find_tensors(model: Any, base: Path) -> dict[str, Stored]:
-    """Return the tensors that the model takes from the base's files, by their stored names.
+def find_tensors(model: Any, base: Path) -> dict[str, tuple[Stored, str]]:
+    """Return the tensors that the model takes from the base's files, by their stored names, each with
+    the module whose weight it is.
 
     Each is given to the parameter to which transformers 5.23 gives it when it loads the base. Left out
     is what transformers leaves out: what is tied to another, and what the architecture has not.
@@ -59,12 +40,10 @@ def find_tensors(model: Any, base: Path) -> dict[str, Stored]:
     renamings: Any = [t for t in transforms if not isinstance(t, WeightConverter)]
     wanted, prefix = dict(model.state_dict()), model.base_model_prefix
     found = {}
-    for path in weight_files(base):
-        for name, entry in read_header(path).items():
-            parameter, _ = rename_source_key(name, renamings, converters, prefix, wanted)
-            if parameter in wanted and parameter not in model.all_tied_weights_keys:
-                module = parameter.removesuffix(".weight")
-                found[name] = Stored(path, tuple(entry["shape"]), module)
+    for stored in list_stored(base):
+        parameter, _ = rename_source_key(stored.name, renamings, converters, prefix, wanted)
+        if parameter in wanted and parameter not in model.all_tied_weights_keys:
+            found[stored.name] = (stored, parameter.removesuffix(".weight"))
     return found
 
 
@@ -118,19 +97,6 @@ def round_to_fp16(name: str, weight: torch.Tensor) -> torch.Tensor:
     return weight.half()
 
 
-def merge_tensors(
-    stored: Mapping[str, Stored], names: Iterable[str], layers: Mapping[str, Any]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors of these names as the merged model has them."""
-    for name in names:
-        tensor = stored[name]
-        with safe_open(tensor.path, framework="pt") as file:
-            weight = file.get_tensor(name)
-        layer = layers.get(tensor.module)
-        merged = merge_layer(layer, weight) if layer is not None else weight
-        yield name, round_to_fp16(name, merged).contiguous()
-
-
 def write_merged(base: Path, adapter: Path, output: Path) -> int:
     """Write the merged weights and config.json into the folder `output`; return their parameters.
 
@@ -139,28 +105,20 @@ def write_merged(base: Path, adapter: Path, output: Path) -> int:
     """
     check_unchanged(base)
     model = empty_model(base)
-    stored = find_tensors(model, base)
-    config, name = model.config, type(model).__name__
+    found = find_tensors(model, base)
+    config, architecture = model.config, type(model).__name__
     layers = lay_adapter(model, adapter)
-    if missing := sorted(layers.keys() - {tensor.module for tensor in stored.values()}):
+    if missing := sorted(layers.keys() - {module for _, module in found.values()}):
         raise UserError(
             f"adapter {adapter} cannot be merged onto {base}: the base stores no weight of"
             f" {', '.join(missing[:3])}" + (" …" if len(missing) > 3 else "")
         )
-    shards = split_state_dict_into_shards_factory(
-        dict(stored),
-        get_storage_size=lambda tensor: tensor.size,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=SHARD,
-    )
-    output.mkdir(exist_ok=True)
-    for file, names in shards.filename_to_tensors.items():
-        save_file(
-            dict(merge_tensors(stored, names, layers)), output / file, metadata={"format": "pt"}
-        )
-    if shards.is_sharded:
-        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-        program.write_json(output / INDEX, index)
-    config.dtype, config.architectures = torch.float16, [name]
+
+    def make(name: str, stored: Stored) -> torch.Tensor:
+        layer, weight = layers.get(found[name][1]), stored.load()
+        return round_to_fp16(name, weight if layer is None else merge_layer(layer, weight))
+
+    write_shards({name: stored for name, (stored, _) in found.items()}, make, output)
+    config.dtype, config.architectures = torch.float16, [architecture]
     config.save_pretrained(output)
-    return sum(tensor.size // BYTES for tensor in stored.values())
+    return sum(stored.elements for stored, _ in found.values())

@@ -10,8 +10,8 @@ from typing import Any
 from pockettune.common import program
 from pockettune.models.adapters import add_adapter
 from pockettune.models.folder import copy_tokenizer
+from pockettune.models.layers import count_kinds, cut_layers, depth
 
-DEPTHS = ("num_hidden_layers", "n_layer", "num_layers")
 # Of LoRA's second matrix, which begins at zero: enough to move logits far beyond rounding.
 SPREAD = 0.05
 
@@ -23,7 +23,7 @@ def make_short(base: Path, adapter_settings: Mapping[str, Any], output: Path) ->
 
     whole = AutoConfig.from_pretrained(base, trust_remote_code=False).to_dict()
     layers = count_kinds(whole)
-    told = cut_layers(program.read_json(base / "config.json"), depth(whole), layers)
+    told = cut_layers(program.read_json(base / "config.json"), depth(whole), range(layers))
     folder = output / "base"
     folder.mkdir(parents=True)
     program.write_json(folder / "config.json", told)
@@ -41,32 +41,3 @@ def make_short(base: Path, adapter_settings: Mapping[str, Any], output: Path) ->
                 parameter.normal_(std=SPREAD)
     adapted.save_pretrained(output / "adapter")
     return layers
-
-
-def depth(config: Mapping[str, Any]) -> int:
-    """Return how many layers a configuration has; 0 where it does not say so by a known name."""
-    return next((int(config[name]) for name in DEPTHS if config.get(name)), 0)
-
-
-def count_kinds(config: Mapping[str, Any]) -> int:
-    """Return the fewest layers, from the first on, among which every kind of layer is."""
-    layers = depth(config)
-    needed = int(config.get("first_k_dense_replace") or 0) + 1
-    for kinds in of_layers(config, layers).values():
-        needed = max(needed, *(kinds.index(kind) + 1 for kind in kinds))
-    return min(needed, layers)
-
-
-def of_layers(config: Mapping[str, Any], layers: int) -> dict[str, list[Any]]:
-    """Return the keys that hold an entry for each layer."""
-    lists = {key: value for key, value in config.items() if isinstance(value, list)}
-    return {key: value for key, value in lists.items() if layers > 1 and len(value) == layers}
-
-
-def cut_layers(config: Mapping[str, Any], layers: int, kept: int) -> dict[str, Any]:
-    """Return the configuration of its first `kept` layers."""
-    cut: dict[str, Any] = {k: value[:kept] for k, value in of_layers(config, layers).items()}
-    cut |= {name: kept for name in DEPTHS if name in config}
-    if "max_window_layers" in config:  # Qwen2's, of a window that it does not use
-        cut["max_window_layers"] = min(kept, config["max_window_layers"])
-    return {**config, **cut}
