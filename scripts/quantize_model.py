@@ -30,6 +30,7 @@ from pockettune.common import program
 from pockettune.common.errors import UserError, list_faults
 from pockettune.gguf.files import Tensor, describe_file, read_gguf
 from pockettune.gguf.importance import check_importance, read_importance
+from pockettune.gguf.recipes import type_by_pattern
 from pockettune.runtimes.llama import start_backend
 
 # Types that store next to nothing without an importance matrix, or end the process
@@ -81,20 +82,17 @@ def quantize_model(
 def choose_types(patterns: Mapping[str, str], tensors: Sequence[Tensor]) -> dict[str, str]:
     """Return the type of each matrix whose name holds one of the patterns, by its name.
 
-    Of several that match, the longest counts: the order of keys decides nothing in a config.
     Raises UserError naming the patterns that no matrix's name holds.
     """
     matrices = [tensor.name for tensor in tensors if len(tensor.shape) > 1]
-    chosen: dict[str, str] = {}
-    for pattern in sorted(patterns, key=lambda text: (len(text), text)):
-        chosen |= {name: patterns[pattern] for name in matrices if re.search(pattern, name)}
+    chosen = {name: type_by_pattern(patterns, name) for name in matrices}
     if idle := [p for p in patterns if not any(re.search(p, name) for name in matrices)]:
         known = sorted({re.sub(r"blk\.\d+\.", "", name) for name in matrices})
         raise UserError(
             f"quantize: tensors: no matrix's name holds {list_faults(idle)}; names are"
             f" {', '.join(known)}, with blk.<layer>. before those of a layer"
         )
-    return chosen
+    return {name: kind for name, kind in chosen.items() if kind}
 
 
 def make_parameters(
