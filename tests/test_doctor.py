@@ -523,6 +523,23 @@ def test_every_recipe_of_the_schema_can_be_estimated() -> None:
             assert 200e6 < size < 530e6, recipe
 
 
+def test_recipes_that_rows_cannot_hold_are_named_before_a_run() -> None:
+    run = make_run()
+    assert states(models.check_recipes(run)) == {"recipes": "ok"}
+    run.settings["quantize"] = {
+        "a": {"type": "Q4_K_M", "pure": True},
+        "b": {"type": "IQ4_NL", "tensors": {"ffn_down": "Q3_K", "ffn_up": "Q3_K"}},
+        "c": {"type": "IQ4_NL", "pure": True, "tensors": {"ffn_down": "Q3_K"}},
+    }
+    (finding,) = models.check_recipes(run)
+    assert finding.state == "problem"
+    assert finding.detail == (
+        "quantize.a forces Q4_K in rows of 896; quantize.b forces Q3_K in rows of 896"
+    )
+    run.facts["shape"] = Once(lambda: None)
+    assert states(models.check_recipes(run)) == {"recipes": "ok"}
+
+
 def test_estimate_of_the_true_shape() -> None:
     """Against benchmarks/true_scale.md's files: real bytes."""
     items = estimate.disk_items(make_run(), OF_QWEN, None)

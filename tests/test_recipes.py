@@ -24,20 +24,20 @@ from pockettune.gguf.importance import (
     read_importance,
     write_importance,
 )
+from pockettune.gguf.recipes import choose_types
 from pockettune.machine import quantized
 from pockettune.machine.shape import shape_of_gguf
 from pockettune.models.folder import load_model
 from pockettune.runtimes.activations import sum_squares
 from pockettune.runtimes.llama import LlamaModel, start_backend
 from pockettune.runtimes.packing import ATTENTION
-from pockettune.workflow.config import check_config
-from quantize_model import (
-    choose_types,
+from pockettune.runtimes.quantizing import (
     make_parameters,
     plan_tensors,
-    quantize_model,
     refuse_without_importance,
 )
+from pockettune.workflow.config import check_config
+from quantize_model import quantize_model
 
 SCHEMA = yaml.safe_load((ROOT / "schemas/config.schema.yaml").read_text())
 RECIPE = SCHEMA["properties"]["quantize"]["additionalProperties"]["properties"]

@@ -94,6 +94,17 @@ def tensor_bytes(shape: Shape, recipe: Mapping[str, Any] | None) -> int:
     return total
 
 
+def misfits(shape: Shape, recipe: Mapping[str, Any]) -> list[str]:
+    """Return the types that a recipe forces on rows that cannot hold them: quantizing refuses it."""
+    found = set()
+    own = BASE.get(recipe["type"], recipe["type"]) if recipe.get("pure") else None
+    for tensor in shape.tensors:
+        kind = type_by_pattern(recipe.get("tensors", {}), name_in_file(tensor)) or own
+        if len(tensor.shape) > 1 and kind and tensor.shape[-1] % block(kind)[0]:
+            found.add(f"{kind} in rows of {tensor.shape[-1]}")
+    return sorted(found)
+
+
 def name_in_file(tensor: Tensor) -> str:
     """Return the name that a matrix has in a GGUF file."""
     plain = PLAIN_NAMES.get(tensor.name, tensor.name)
