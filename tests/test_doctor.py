@@ -24,6 +24,7 @@ from pockettune.machine import (
     checks,
     estimate,
     hardware,
+    models,
     network,
     probe,
     quantized,
@@ -336,8 +337,6 @@ def test_processor_without_bf16_or_avx2() -> None:
 
 @pytest.mark.parametrize("known", [True, False])
 def test_tokenizer_is_asked_of_the_converter(known: bool, tiny_model: Path, tmp_path: Path) -> None:
-    from pockettune.machine import models
-
     folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     if not known:
         text = json.loads((folder / "tokenizer.json").read_text())
