@@ -54,10 +54,9 @@ def make_parameters(
         )
         for name, values in importance.items()
     ]
-    # A list that is there, though empty, changes what the mixes do.
     if chosen:
         parameters.tt_overrides = terminated(chosen)
-    if means:
+    if means:  # one without entries would change the mixes too
         parameters.imatrix = terminated(means)
     return parameters
 
