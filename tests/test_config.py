@@ -214,7 +214,12 @@ def test_numbers_are_spelled_one_way_and_defaults_filled_in() -> None:
         repr([config["train"][key] for key in ("alpha", "rank", "dropout", "learning_rate")])
         == "[16, 8, 0, 0.0002]"
     )
-    assert config["quantize"]["q8_0"] == {"type": "Q8_0", "pure": False}
+    assert config["quantize"]["q8_0"] == {
+        "type": "Q8_0",
+        "pure": False,
+        "importance": False,
+        "tensors": {},
+    }
     assert repr(config["task"]["template_options"]["threshold"]) == "1.0", "a template prints it"
 
 
@@ -255,5 +260,9 @@ def test_run_from_another_folder_is_refused_in_one_line(elsewhere: str, tmp_path
 
 def test_every_offered_type_is_known_to_llama_cpp() -> None:
     llama_cpp = pytest.importorskip("llama_cpp")
-    offered = SCHEMA["properties"]["quantize"]["additionalProperties"]["properties"]["type"]["enum"]
+    gguf = pytest.importorskip("gguf")
+    recipe = SCHEMA["properties"]["quantize"]["additionalProperties"]["properties"]
+    offered = recipe["type"]["enum"]
     assert [t for t in offered if not hasattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{t}")] == []
+    of_tensors = recipe["tensors"]["additionalProperties"]["enum"]
+    assert [t for t in of_tensors if t not in gguf.GGMLQuantizationType.__members__] == []
