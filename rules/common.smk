@@ -101,6 +101,8 @@ set_environment(config["hub"], PINS)
 OWN_ADAPTER = config["train"]["adapter"]
 GGUF_BASE = is_gguf(config["model"]["path"])
 VARIANTS = sorted(config["quantize"])
+# Without the section best.gguf is made only when it is asked for.
+CHOICE = [] if config["choose"] is None else "<results>/best.gguf"
 STAGES = ["tfidf", "base", "adapter", "merged", "f16", *VARIANTS]
 SPLIT = config["evaluate"]["split"]
 RESULTS = config.get("pathvars", {}).get("results", "results")
@@ -134,6 +136,13 @@ def evaluation_settings(*keys):
     chosen["evaluate"] = {key: config["evaluate"][key] for key in keys}
     text = json.dumps(chosen, sort_keys=True, ensure_ascii=False)
     return lambda wildcards: text
+
+
+def choice_settings(wildcards):
+    """Return what decides which file is chosen."""
+    margin = {"margin": config["evaluate"]["margin"]}
+    chosen = {"choose": config["choose"], "evaluate": margin}
+    return json.dumps(chosen, sort_keys=True)
 
 
 def report_settings(wildcards):
