@@ -27,7 +27,7 @@ STAGES = {
     "q8_0": stage(289, 10, 10),
     "q4_k_m": stage(253, 400),  # worse
     "iq4_nl": stage(242, 20, 20),
-    "q4_0": stage(241, 110, 80),  # not decided
+    "q4_0": stage(241, 165, 140),  # not decided
 }
 
 
@@ -72,7 +72,7 @@ def test_budget_that_only_unproved_files_meet() -> None:
     assert (choice["chosen"], choice["proved"]) == ("q4_0", False)
     assert choice["why"].startswith(
         "no file within the budget is proved as good as F16; this one has the closest bound"
-        " (difference at least -0.53 points, margin 0.5): q4_0: not decided by these rows, which"
+        " (difference at least -0.54 points, margin 0.5): q4_0: not decided by these rows, which"
         " could have shown a difference of "
     )
     assert (
@@ -129,8 +129,8 @@ def program_arguments(tmp_path: Path) -> list[str | Path]:
         (tmp_path / f"{name}.gguf").write_text(f"GGUF {name}")
         arguments.append(tmp_path / f"{name}.json")
         files.append(tmp_path / f"{name}.gguf")
-    outputs = ["--gguf", tmp_path / "out/best.gguf", "--json", tmp_path / "out/best.json"]
-    return [*arguments, "--files", *files, *outputs]
+    arguments += ["--files", *files]
+    return [*arguments, "--gguf", tmp_path / "out/best.gguf", "--json", tmp_path / "out/best.json"]
 
 
 def run(arguments: list[str | Path], **limits: float) -> tuple[int, str]:
