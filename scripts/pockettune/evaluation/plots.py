@@ -57,14 +57,16 @@ def plot_front(choice: Mapping[str, Any], intervals: Mapping[str, Any]) -> str:
     axes = figure.subplots()
     files, size_mb = choice["files"], choice["limits"]["size_mb"]
     fastest = max(entry["prompt_rate"] for entry in files.values())
-    for name, entry in files.items():
+    for place, (name, entry) in enumerate(files.items()):
         x, y = entry["size_bytes"] / 1e6, 100 * entry["accuracy"]
         color = COLORS[1] if name == choice["chosen"] else COLORS[0]
         low, high = (100 * bound for bound in intervals[name])
         axes.plot([x, x], [low, high], color=color, alpha=0.4, zorder=1)
         axes.scatter(x, y, s=160 * entry["prompt_rate"] / fastest, edgecolors=color,
                      facecolors=color if entry["front"] else "none")  # fmt: skip
-        axes.annotate(name, (x, y), xytext=(8, 6), textcoords="offset points")
+        # Files of neighbouring sizes, as those of 4 bits are, would write over each other.
+        above = -14 if place % 2 == 0 else 6
+        axes.annotate(name, (x, y), xytext=(8, above), textcoords="offset points")
     if size_mb is not None:
         axes.axvline(size_mb, color=INK, linewidth=0.8, linestyle=":")
     axes.set(xlabel="file size, MB", ylabel="accuracy, %")
