@@ -107,6 +107,8 @@ KEEP_LAYERS = config["model"]["keep_layers"]
 VARIANTS = sorted(config["quantize"])
 # Whether any of them asks for it decides whether the rule is there.
 IMPORTANCE = any(recipe["importance"] for recipe in config["quantize"].values())
+# Without the section best.gguf is made only when it is asked for.
+CHOICE = [] if config["choose"] is None else "<results>/best.gguf"
 STAGES = ["tfidf", "base", "adapter", "merged", "f16", *VARIANTS]
 SPLIT = config["evaluate"]["split"]
 RESULTS = config.get("pathvars", {}).get("results", "results")
@@ -151,6 +153,13 @@ def evaluation_settings(*keys):
     chosen["evaluate"] = {key: config["evaluate"][key] for key in keys}
     text = json.dumps(chosen, sort_keys=True, ensure_ascii=False)
     return lambda wildcards: text
+
+
+def choice_settings(wildcards):
+    """Return what decides which file is chosen."""
+    margin = {"margin": config["evaluate"]["margin"]}
+    chosen = {"choose": config["choose"], "evaluate": margin}
+    return json.dumps(chosen, sort_keys=True)
 
 
 def report_settings(wildcards):
