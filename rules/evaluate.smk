@@ -244,10 +244,10 @@ rule report:
         "<results>/logs/report.log",
     benchmark:
         "<results>/benchmarks/report.tsv"
-    conda:
-        "../envs/report.yaml"
     # The page is there to say why, should choose find no file within its budget.
     priority: 1
+    conda:
+        "../envs/report.yaml"
     params:
         settings=report_settings,
     shell:
