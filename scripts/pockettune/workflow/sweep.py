@@ -1,7 +1,6 @@
 """A sweep: run files that differ in some keys, their names, and the order in which they own what they share."""
 
 import copy
-import difflib
 import hashlib
 import itertools
 import json
@@ -88,14 +87,12 @@ def expand(
     `results`/<name>. Raises UserError for keys and values that the schema does not know, all at once,
     and for members of equal settings.
     """
-    complete = copy.deepcopy(own)
-    update_config(complete, run)
     faults: dict[str, None] = {}
     members = []
     for values in itertools.product(*over.values()):
         changed = dict(zip(over, values, strict=True))
         try:
-            given = lay_over(run, changed, complete)
+            given = lay_over(run, changed)
             config = copy.deepcopy(own)
             update_config(config, copy.deepcopy(given))
             name = name_member(changed)
@@ -111,21 +108,15 @@ def expand(
     return members
 
 
-def lay_over(run: Config, changed: Mapping[str, Any], known: Config) -> Config:
+def lay_over(run: Config, changed: Mapping[str, Any]) -> Config:
     """Return a copy of a run file with the values of dotted keys in it."""
     given = copy.deepcopy(run)
     for key, value in changed.items():
         *sections, last = key.split(".")
-        section, found = given, known
+        section = given
         for part in sections:
-            if not isinstance(found, dict) or part not in found:
-                close = difflib.get_close_matches(
-                    part, found if isinstance(found, dict) else [], n=1
-                )
-                hint = f", did you mean {close[0]}?" if close else ""
-                raise UserError(f"unknown key {key}: there is no section {part}{hint}")
-            found = found[part]
-            section[part] = section.get(part) or {}
+            if not isinstance(section.get(part), dict):
+                section[part] = {}  # should a value have stood here, the schema tells
             section = section[part]
         section[last] = copy.deepcopy(value)
     return given
