@@ -19,7 +19,7 @@ from write_leaderboard import group_seeds
 OWN = yaml.safe_load((ROOT / "config.yaml").read_text())
 SCHEMA = yaml.safe_load((ROOT / "schemas/config.schema.yaml").read_text())
 # Of one member, made in less time than its programs take to start.
-SHORT = {
+SHORT: dict[str, dict[str, Any]] = {
     "dataset": {"files": {"train": "data/few.csv"}},
     "train": {"epochs": 1, "eval_every": None, "precision": "fp32"},
     "quantize": {"q8_0": None},
@@ -152,6 +152,12 @@ def test_members_of_earlier_calls_keep_what_they_own(tmp_path: Path) -> None:
     assert [member.name for member, _ in in_order([new, second], [first, second], tmp_path)] == [
         "seed-15", "seed-13",
     ]  # fmt: skip
+
+
+def test_the_example_is_a_sweep() -> None:
+    base, over = read_sweep(ROOT / "runs/sweeps/example.yaml")
+    assert base is not None
+    assert len(expanded(over, yaml.safe_load((ROOT / base).read_text()))) == 8
 
 
 # --- the page ---
