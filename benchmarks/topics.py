@@ -97,7 +97,12 @@ def main() -> None:
         "|---|---|---|---|" + "---|" * len(LABELS),
         *(describe(name, entry, lengths["words"]) for name, entry in stages.items()),
         "",
-        "The last columns are the share of each label's rows that was found.",
+        "The last columns are the share of each label's rows that was found. Answers chosen by the labels'"
+        " probabilities against answers written freely (greedy), on the same rows:",
+        "",
+        "| file | rows | chosen among the labels | written freely | no label at all | mass off the labels |",
+        "|---|---|---|---|---|---|",
+        *(describe_greedy(name, entry) for name, entry in stages.items() if "greedy" in entry),
     ]
     write_page("topics", lines)
 
@@ -108,6 +113,15 @@ def describe(name: str, entry: dict[str, Any], words: list[str]) -> str:
     return (
         f"| {name} | {entry['n']} | {100 * entry['accuracy']:.1f} % |"
         f" {100 * entry['macro_f1']:.1f} % |{recalls}"
+    )
+
+
+def describe_greedy(name: str, entry: dict[str, Any]) -> str:
+    """Return a file's row of the second table."""
+    greedy = entry["greedy"]
+    return (
+        f"| {name} | {greedy['rows']} | {greedy['scored_right']} right | {greedy['right']} right"
+        f" | {greedy['no_answer']} | {100 * entry['off_labels']['mass']:.1f} % |"
     )
 
 
