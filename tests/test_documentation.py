@@ -96,7 +96,7 @@ def test_variants_of_the_docs_are_valid() -> None:
     config = yaml.safe_load((ROOT / "config.yaml").read_text())
     config = copy.deepcopy(config) | yaml.safe_load(block)
     check_config(config, yaml.safe_load((ROOT / "schemas/config.schema.yaml").read_text()))
-    assert list(config["quantize"]) == ["q4_k_m", "iq4_nl"]
+    assert list(config["quantize"]) == ["q4_k_m", "iq4_nl", "small"]
 
 
 COMMANDS = sorted(
