@@ -201,7 +201,9 @@ def test_keys_that_another_makes_idle_do_not_count() -> None:
     config["model"]["path"] = "my/model"
     drop_idle(config)
     idle = {"name": None, "revision": None, "sha256": None}
-    assert config["model"] == {**idle, "path": "my/model", "chat_template": None}
+    assert config["model"] == {
+        **idle, "path": "my/model", "keep_layers": None, "chat_template": None,
+    }  # fmt: skip
     assert config["dataset"]["split"] is None
     assert config["dataset"]["name"] == CONFIG["dataset"]["name"]
 
