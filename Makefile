@@ -73,7 +73,7 @@ test-kills: setup
 lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/snakefmt --check Snakefile rules
+	$(BIN)/snakefmt --check Snakefile sweep.smk rules
 	$(BIN)/mypy
 	$(BIN)/snakemake --lint --configfile runs/demo.yaml
 

@@ -48,3 +48,4 @@ rule all:
         variants=expand("<results>/{variant}.gguf", variant=VARIANTS),
         metrics="<results>/metrics.json",
         report="<results>/report.html",
+        best=CHOICE,

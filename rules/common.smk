@@ -105,6 +105,10 @@ OWN_ADAPTER = config["train"]["adapter"]
 GGUF_BASE = is_gguf(config["model"]["path"])
 KEEP_LAYERS = config["model"]["keep_layers"]
 VARIANTS = sorted(config["quantize"])
+# Whether any of them asks for it decides whether the rule is there.
+IMPORTANCE = any(recipe["importance"] for recipe in config["quantize"].values())
+# Without the section best.gguf is made only when it is asked for.
+CHOICE = [] if config["choose"] is None else "<results>/best.gguf"
 STAGES = ["tfidf", "base", "adapter", "merged", "f16", *VARIANTS]
 SPLIT = config["evaluate"]["split"]
 RESULTS = config.get("pathvars", {}).get("results", "results")
@@ -151,6 +155,13 @@ def evaluation_settings(*keys):
     return lambda wildcards: text
 
 
+def choice_settings(wildcards):
+    """Return what decides which file is chosen."""
+    margin = {"margin": config["evaluate"]["margin"]}
+    chosen = {"choose": config["choose"], "evaluate": margin}
+    return json.dumps(chosen, sort_keys=True)
+
+
 def report_settings(wildcards):
     """Return all that decided a result; where the files were fetched from did not."""
     chosen = {
@@ -169,6 +180,12 @@ def adapter_shape(wildcards):
 def variant_settings(wildcards):
     """Return one variant's recipe as canonical JSON."""
     return json.dumps(config["quantize"][wildcards.variant], sort_keys=True)
+
+
+def variant_importance(wildcards):
+    """Return the importance that a variant's recipe asks for, or nothing."""
+    wanted = config["quantize"][wildcards.variant]["importance"]
+    return f"{RESULTS}/importance.gguf" if wanted else []
 
 
 def memory(mb, program=None):
@@ -278,6 +295,7 @@ JOBS = [
     "merge",
     "convert",
     "check_parity",
+    *(["measure_importance"] if IMPORTANCE else []),
     *[f"quantize_{variant}" for variant in VARIANTS],
     *[f"evaluate_{stage}" for stage in STAGES],
 ]

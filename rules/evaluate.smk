@@ -3,6 +3,7 @@
 
 localrules:
     compare,
+    choose,
     report,
 
 
@@ -196,6 +197,29 @@ rule compare:
         )
 
 
+rule choose:
+    input:
+        **program("choose_file"),
+        metrics="<results>/metrics.json",
+        speed=expand("<results>/speed/{file}.json", file=["f16", *VARIANTS]),
+        files=expand("<results>/{variant}.gguf", variant=VARIANTS),
+    output:
+        json="<results>/best.json",
+        gguf="<results>/best.gguf",
+    log:
+        "<results>/logs/choose.log",
+    benchmark:
+        "<results>/benchmarks/choose.tsv"
+    conda:
+        "../envs/report.yaml"
+    params:
+        settings=choice_settings,
+    shell:
+        command(
+            "params.settings input.metrics input.speed input.files output.gguf output.json"
+        )
+
+
 rule report:
     input:
         **program("write_report"),
@@ -220,6 +244,8 @@ rule report:
         "<results>/logs/report.log",
     benchmark:
         "<results>/benchmarks/report.tsv"
+    # The page is there to say why, should choose find no file within its budget.
+    priority: 1
     conda:
         "../envs/report.yaml"
     params:

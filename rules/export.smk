@@ -54,10 +54,35 @@ rule check_parity:
         )
 
 
+if IMPORTANCE:
+
+    rule measure_importance:
+        input:
+            **program("measure_importance"),
+            **folder("model", "<results>/merged"),
+            **folder("tokens", "<results>/tokens"),
+        output:
+            importance="<results>/importance.gguf",
+        log:
+            "<results>/logs/measure_importance.log",
+        benchmark:
+            "<results>/benchmarks/measure_importance.tsv"
+        conda:
+            "../envs/llama_cpp.yaml"
+        threads: 4
+        resources:
+            gpu_turn=GPU_TURN,
+            mem_mb=memory(8000, "evaluate (PyTorch)"),
+            runtime="2h",
+        shell:
+            command("input.model input.tokens threads output=output.importance")
+
+
 rule quantize:
     input:
         **program("quantize_model"),
         gguf="<results>/f16.gguf",
+        importance=variant_importance,
         parity="<results>/parity.json",
     output:
         gguf="<results>/{variant}.gguf",
@@ -76,4 +101,7 @@ rule quantize:
     params:
         settings=variant_settings,
     shell:
-        command("params.settings source=input.gguf threads output=output.gguf")
+        command(
+            "params.settings source=input.gguf input.importance threads"
+            " output=output.gguf"
+        )

@@ -1,6 +1,6 @@
 """Quantize a GGUF file with llama.cpp's library call.
 
-Input   f16.gguf
+Input   f16.gguf; importance.gguf, where the recipe asks for it
 Output  <variant>.gguf
 
 A type is a recipe over tensors, not the type of each: rows whose length is no multiple of 256 fall
@@ -11,10 +11,8 @@ is stored is read back and logged.
 import argparse
 import json
 import logging
-import logging.handlers
 import os
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,22 +23,34 @@ from tqdm import tqdm
 from pockettune.common import program
 from pockettune.common.errors import UserError
 from pockettune.gguf.files import describe_file, read_gguf
+from pockettune.gguf.importance import check_importance, read_importance
+from pockettune.gguf.recipes import choose_types
 from pockettune.runtimes.llama import start_backend
+from pockettune.runtimes.quantizing import (
+    make_parameters,
+    plan_tensors,
+    refuse_without_importance,
+)
 
 
-def quantize_model(recipe: Mapping[str, Any], source: Path, threads: int, output: Path) -> None:
+def quantize_model(
+    recipe: Mapping[str, Any],
+    source: Path,
+    threads: int,
+    output: Path,
+    importance: Path | None = None,
+) -> None:
     """Write `source` quantized by `recipe` to `output`."""
-    file_type = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{recipe['type']}", None)
-    if file_type is None:
-        raise UserError(f"quantize: llama.cpp has no type {recipe['type']!r}")
-    tensors_begin = min((tensor.start for tensor in read_gguf(source)[1]), default=0)
+    tensors = read_gguf(source)[1]
+    overrides = choose_types(recipe.get("tensors", {}), tensors)
+    weights = read_importance(importance) if importance else {}
+    check_importance(weights, tensors)
     start_backend()
-    parameters = llama_cpp.llama_model_quantize_default_params()
-    parameters.ftype = file_type
-    parameters.nthread = threads
-    parameters.pure = recipe.get("pure", False)
-    size = tensors_size(source, parameters)
-    needed = size and tensors_begin + size  # the metadata are the source's
+    parameters = make_parameters(recipe, overrides, weights, threads)
+    planned = plan_tensors(source, parameters, recipe, tensors, overrides)
+    refuse_without_importance(planned, weights)
+    # The metadata are the source's.
+    needed = min((t.start for t in tensors), default=0) + sum(t.size for t in planned)
     with program.staged(output, needed) as partial:
         with TensorProgress(recipe["type"]) as bar:
             code = llama_cpp.llama_model_quantize(
@@ -57,23 +67,6 @@ def quantize_model(recipe: Mapping[str, Any], source: Path, threads: int, output
         output, output.stat().st_size / 1e6, stored["bits_per_weight"],
         ", ".join(f"{count} {name}" for name, count in stored["tensor_types"].items()),
     )  # fmt: skip
-
-
-def tensors_size(source: Path, parameters: Any) -> int | None:
-    """Return the bytes of the quantized tensors, 10 kB too few at most; None where they cannot be made.
-
-    A dry run tells them: `quant size  =   374.56 MiB`.
-    """
-    heard = logging.handlers.BufferingHandler(capacity=sys.maxsize)
-    native = logging.getLogger("llama.cpp")
-    native.addHandler(heard)
-    parameters.dry_run, native.propagate = True, False  # the log need not have its lines twice
-    llama_cpp.llama_model_quantize(os.fsencode(source), b"", parameters)
-    parameters.dry_run, native.propagate = False, True
-    native.removeHandler(heard)
-    lines = "\n".join(record.getMessage() for record in heard.buffer)
-    told = re.search(r"quant size\s*=\s*([\d.]+) MiB", lines)
-    return int((float(told[1]) - 0.005) * 2**20) if told else None  # it is rounded
 
 
 class TensorProgress(logging.Handler):
@@ -107,13 +100,22 @@ class TensorProgress(logging.Handler):
 
 def main() -> None:
     parser = program.argument_parser(__doc__)
-    parser.add_argument("--settings", type=json.loads, required=True, help='{"type", "pure"}')
+    parser.add_argument(
+        "--settings",
+        type=json.loads,
+        required=True,
+        help='{"type", "pure", "importance", "tensors"}',
+    )
     parser.add_argument("--source", type=Path, required=True, help="F16 GGUF file")
+    # nargs="?": a rule that has no such file names the option alone.
+    parser.add_argument(
+        "--importance", type=Path, nargs="?", help="what measure_importance.py wrote"
+    )
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--output", type=Path, required=True, help="GGUF file to write")
 
     def work(a: argparse.Namespace) -> None:
-        quantize_model(a.settings, a.source, a.threads, a.output)
+        quantize_model(a.settings, a.source, a.threads, a.output, a.importance)
 
     program.run(parser, work)
 

@@ -19,6 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 
 from pockettune.common import program
 from pockettune.evaluation import plots
+from pockettune.evaluation.choice import choose, read_limits, say_why
 from pockettune.evaluation.verdict import not_decided, say
 
 FLIPS_SHOWN = 40  # of each file
@@ -36,20 +37,27 @@ def gather(arguments: argparse.Namespace) -> dict[str, Any]:
     if settings["model"]["path"]:  # else it is owner/name@revision
         source["origin"] = last_part(source["origin"])
     audit = program.read_json(arguments.audit)
+    speed = {path.stem: program.read_json(path) for path in arguments.speed}
+    choice = choose(stages, speed, read_limits(settings))
+    # Without the section none was chosen; which file beats which is told all the same.
+    if settings["choose"] is None:
+        choice["chosen"] = None
+    intervals = {name: stages[name]["interval"] for name in choice["files"]}
     return {
         "title": settings["report"]["title"],
-        "verdict": write_verdict(stages, training, audit),
+        "verdict": write_verdict(stages, training, audit, choice),
         "stages": stages,
         "split": settings["evaluate"]["split"],
         "plots": {
             "ladder": plots.plot_ladder(stages),
-            "size": plots.plot_size(stages),
+            "front": plots.plot_front(choice, intervals),
             "training": plots.plot_training(training),
         },
         "flips": program.read_json(arguments.flips),
         "flips_shown": FLIPS_SHOWN,
         "parity": program.read_json(arguments.parity),
-        "speed": {path.stem: program.read_json(path) for path in arguments.speed},
+        "speed": speed,
+        "choice": choice,
         "training": training,
         "audit": audit,
         "tokens": program.read_json(arguments.tokens / "statistics.json"),
@@ -92,19 +100,23 @@ def render(template: Path, content: Mapping[str, Any]) -> str:
     environment.filters |= {
         "percent": percent, "megabytes": megabytes, "duration": duration, "points": points,
         "scientific": scientific, "fenced": fenced, "quoted": quoted, "claim": say,
+        "why": say_why,
     }  # fmt: skip
     return environment.get_template(template.name).render(content)
 
 
 def write_verdict(
-    stages: Mapping[str, Any], training: Mapping[str, Any], audit: Mapping[str, Any]
+    stages: Mapping[str, Any],
+    training: Mapping[str, Any],
+    audit: Mapping[str, Any],
+    choice: Mapping[str, Any],
 ) -> str:
     """Return the page's first sentences: what was learned from how many rows, and what it is worth.
 
-    Then what the smallest file weighs, and what it lost against the 16-bit one.
+    Then what the chosen file weighs, or else the smallest, and what it lost against the 16-bit one.
     """
-    files = {name: entry for name, entry in stages.items() if "stored" in entry and name != "f16"}
-    name = min(files, key=lambda n: files[n]["size_bytes"])
+    chosen = choice["chosen"]
+    name = chosen or next(name for name in choice["files"] if name != "f16")
     small, full = stages[name], stages["f16"]
     paired = small["against_f16"]
     unseen = small["unseen"]
@@ -125,9 +137,9 @@ def write_verdict(
         f" before, it answered {percent(base['accuracy'])}"
         f"{'' if base['n'] == small['n'] else ' of ' + format(base['n'], ',')}."
         f" {write_worth(small['against_tfidf'], stages['tfidf'], rows)}"
-        f" That is the smallest file, {name}: {megabytes(small['size_bytes'])} instead of"
+        f" That is the {'chosen' if chosen else 'smallest'} file, {name}: {megabytes(small['size_bytes'])} instead of"
         f" {megabytes(full['size_bytes'])}, {count(paired['flips'], 'answer')} changed."
-        f" Against the 16-bit file: {say(small['verdict'])}."
+        f" Against the 16-bit file: {say(choice['files'][name]['verdict'])}."
     )
 
 

@@ -8,7 +8,7 @@ import pandas as pd
 
 MEASURED = {"seconds", "peak_memory_bytes", "resumed"}
 # Made of measurements, or showing them.
-OF_THE_RUN = {"benchmarks", "logs", "speed", "scratch", "report.html"}
+OF_THE_RUN = {"benchmarks", "logs", "speed", "scratch", "report.html", "best.json"}
 
 
 def differing_files(first: Path, second: Path) -> list[str]:

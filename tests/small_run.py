@@ -36,6 +36,7 @@ RUN: dict[str, Any] = {
     "tokenize": {"max_length": 128},
     # On the CPU, where the same settings give the same bytes; the tests' SLURM reserves a GPU that is none.
     "train": {"learning_rate": 5e-3, "batch_size": 32, "epochs": 2, "device": "cpu"},
+    "choose": {"size_mb": 100},
     "card": {"license": "mit"},
     "report": {"title": "Small run"},
 }

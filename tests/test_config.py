@@ -131,6 +131,11 @@ def put(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (put("quantize.tfidf", {"type": "Q8_0"}), "the name 'tfidf'"),
         (put("evaluate.split", "validation"), "on whose rows train.eval_every chooses the adapter"),
         (put("evaluate.margin", 0), "evaluate.margin is 0: 0 is less than or equal to the minimum of 0"),
+        (put("choose", {"size_gb": 1}), "unknown key choose.size_gb; did you mean size_mb?"),
+        (put("choose", {"size_mb": 0}), "choose.size_mb is 0: 0 is less than or equal to the minimum of 0"),
+        (put("choose", {"margin": 1}), "choose.margin is 1: 1 is greater than or equal to the maximum of 1"),
+        (put("choose", 200), "choose is 200, not a section or null"),
+        (put("quantize.best", {"type": "Q8_0"}), "the name 'best'"),
         (put("task.prompt", "no place"), "task.prompt does not hold {text}"),
         (put("task.labels", {"0": "好", "1": "好"}), "the same word for two values"),
         (put("task.labels", {"0": "差", "1": "差 ", "2": "\u3000好"}), "'差 ', '\\u3000好' begins or ends with a space"),
@@ -214,7 +219,12 @@ def test_numbers_are_spelled_one_way_and_defaults_filled_in() -> None:
         repr([config["train"][key] for key in ("alpha", "rank", "dropout", "learning_rate")])
         == "[16, 8, 0, 0.0002]"
     )
-    assert config["quantize"]["q8_0"] == {"type": "Q8_0", "pure": False}
+    assert config["quantize"]["q8_0"] == {
+        "type": "Q8_0",
+        "pure": False,
+        "importance": False,
+        "tensors": {},
+    }
     assert repr(config["task"]["template_options"]["threshold"]) == "1.0", "a template prints it"
 
 
@@ -255,5 +265,9 @@ def test_run_from_another_folder_is_refused_in_one_line(elsewhere: str, tmp_path
 
 def test_every_offered_type_is_known_to_llama_cpp() -> None:
     llama_cpp = pytest.importorskip("llama_cpp")
-    offered = SCHEMA["properties"]["quantize"]["additionalProperties"]["properties"]["type"]["enum"]
+    gguf = pytest.importorskip("gguf")
+    recipe = SCHEMA["properties"]["quantize"]["additionalProperties"]["properties"]
+    offered = recipe["type"]["enum"]
     assert [t for t in offered if not hasattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{t}")] == []
+    of_tensors = recipe["tensors"]["additionalProperties"]["enum"]
+    assert [t for t in of_tensors if t not in gguf.GGMLQuantizationType.__members__] == []

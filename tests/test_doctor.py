@@ -24,6 +24,7 @@ from pockettune.machine import (
     checks,
     estimate,
     hardware,
+    models,
     network,
     probe,
     quantized,
@@ -336,8 +337,6 @@ def test_processor_without_bf16_or_avx2() -> None:
 
 @pytest.mark.parametrize("known", [True, False])
 def test_tokenizer_is_asked_of_the_converter(known: bool, tiny_model: Path, tmp_path: Path) -> None:
-    from pockettune.machine import models
-
     folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     if not known:
         text = json.loads((folder / "tokenizer.json").read_text())
@@ -521,6 +520,23 @@ def test_every_recipe_of_the_schema_can_be_estimated() -> None:
         for pure in (False, True):
             size = quantized.tensor_bytes(OF_QWEN, {"type": recipe, "pure": pure})
             assert 200e6 < size < 530e6, recipe
+
+
+def test_recipes_that_rows_cannot_hold_are_named_before_a_run() -> None:
+    run = make_run()
+    assert states(models.check_recipes(run)) == {"recipes": "ok"}
+    run.settings["quantize"] = {
+        "a": {"type": "Q4_K_M", "pure": True},
+        "b": {"type": "IQ4_NL", "tensors": {"ffn_down": "Q3_K", "ffn_up": "Q3_K"}},
+        "c": {"type": "IQ4_NL", "pure": True, "tensors": {"ffn_down": "Q3_K"}},
+    }
+    (finding,) = models.check_recipes(run)
+    assert finding.state == "problem"
+    assert finding.detail == (
+        "quantize.a forces Q4_K in rows of 896; quantize.b forces Q3_K in rows of 896"
+    )
+    run.facts["shape"] = Once(lambda: None)
+    assert states(models.check_recipes(run)) == {"recipes": "ok"}
 
 
 def test_estimate_of_the_true_shape() -> None:

@@ -1,5 +1,6 @@
 """The small run, made once from an empty checkout, and what a change to it would rerun."""
 
+import html
 import json
 import os
 import re
@@ -18,7 +19,7 @@ import yaml
 
 from conftest import SMALL, run_snakemake
 
-AFTER_EVALUATION = {"compare": 1, "report": 1, "all": 1}
+AFTER_EVALUATION = {"compare": 1, "choose": 1, "report": 1, "all": 1}
 COMPARED_WITH_F16 = {"evaluate_f16": 1, "evaluate_adapter": 1, "evaluate_merged": 1, "evaluate_variant": 2}  # fmt: skip
 EVALUATION = {"evaluate_tfidf": 1, "evaluate_base": 1, **COMPARED_WITH_F16, **AFTER_EVALUATION}
 ONE_VARIANT = {"quantize": 1, "measure_speed": 1, "evaluate_variant": 1, **AFTER_EVALUATION}
@@ -106,6 +107,34 @@ def test_report_is_one_file_and_loads_nothing(finished_run: Path) -> None:
     assert not re.search(r"""url\((?!#)""", page)
 
 
+def test_best_file_is_a_copy_of_the_chosen_one(finished_run: Path) -> None:
+    results = finished_run / "results/small"
+    choice = json.loads((results / "best.json").read_text())
+    assert (results / "best.gguf").read_bytes() == (
+        results / f"{choice['chosen']}.gguf"
+    ).read_bytes()
+    for page in ("report.html", "card.md"):
+        text = html.unescape((results / page).read_text(encoding="utf-8"))
+        assert f"best.gguf is {choice['chosen']}.gguf: {choice['why']}" in text, page
+
+
+def test_report_tells_of_files_where_none_is_chosen(finished_run: Path) -> None:
+    from write_report import render
+
+    flips = finished_run / "results/small/flips.json"
+    content = gather_report(finished_run, flips)  # with config.yaml's choose: null
+    templates = [finished_run / f"report/{name}.j2" for name in ("report.html", "card.md")]
+    page, card = (render(template, content) for template in templates)
+    assert "<h2>Which file?</h2>" in page and "beaten by none" in page
+    assert "best.gguf" not in page + card and "(chosen)" not in page
+    assert "That is the smallest file" in page
+    small = {"size_mb": 0.001, "memory_mb": None, "margin": None}
+    content = gather_report(finished_run, flips, choose=small)
+    page, card = (render(template, content) for template in templates)
+    assert "There is no best.gguf: no file is within the budget: " in page
+    assert "best.gguf" not in card
+
+
 def test_snakemakes_own_report(finished_run: Path, tmp_path: Path) -> None:
     page = tmp_path / "snakemake.html"
     result = run_snakemake(finished_run, *SMALL, "--report", str(page))
@@ -114,14 +143,14 @@ def test_snakemakes_own_report(finished_run: Path, tmp_path: Path) -> None:
     assert "metrics.csv" in text and "One row a stage" in text, "captions are in it"
 
 
-def gather_report(finished_run: Path, flips: Path) -> dict[str, Any]:
-    """Return what the run's page and card are rendered from."""
+def gather_report(finished_run: Path, flips: Path, **sections: Any) -> dict[str, Any]:
+    """Return what the run's page and card are rendered from, `sections` laid over config.yaml."""
     from write_report import gather
 
     results = finished_run / "results/small"
     return gather(
         Namespace(
-            settings=yaml.safe_load((finished_run / "config.yaml").read_text()),
+            settings=yaml.safe_load((finished_run / "config.yaml").read_text()) | sections,
             metrics=results / "metrics.json",
             flips=flips,
             parity=results / "parity.json",
@@ -290,14 +319,22 @@ REBUILDS: dict[str, tuple[Callable[[Path], object], dict[str, int]]] = {
     ),
     "model.name, idle beside a path": (edit_run("model", name="a/b"), {}),
     "numbers spelled another way": (edit_run("train", alpha=16.0, batch_size=32.0, epochs=2.0), {}),
-    "a default spelled out": (edit_run("quantize", q8_0={"type": "Q8_0", "pure": False}), {}),
+    "a default spelled out": (edit_run("quantize", q8_0={"type": "Q8_0", "pure": False, "importance": False, "tensors": {}}), {}),
     "report.title": (edit_run("report", title="x"), {"report": 1, "all": 1}),
     "evaluate.limit": (edit_run("evaluate", limit=50), EVALUATION),
     "evaluate.pytorch_limit": (edit_run("evaluate", pytorch_limit=50),
                                {"evaluate_base": 1, "evaluate_adapter": 1, "evaluate_merged": 1, **AFTER_EVALUATION}),
     "evaluate.greedy_rows": (edit_run("evaluate", greedy_rows=0), {**COMPARED_WITH_F16, **AFTER_EVALUATION}),
     "evaluate.margin": (edit_run("evaluate", margin=0.01), AFTER_EVALUATION),
+    "choose.size_mb": (edit_run("choose", size_mb=200), {"choose": 1, "report": 1, "all": 1}),
+    "choose.margin": (edit_run("choose", margin=0.05), {"choose": 1, "report": 1, "all": 1}),
+    "choose, given up": (edit_config(lambda c: c.pop("choose"), "runs/small.yaml"), {"report": 1, "all": 1}),
     "another variant": (edit_run("quantize", q4_0={"type": "Q4_0"}), ONE_VARIANT),
+    "another variant, with importance": (edit_run("quantize", q4_0={"type": "Q4_0", "importance": True}),
+                                         {"measure_importance": 1, **ONE_VARIANT}),
+    "importance of one variant": (edit_run("quantize", q8_0={"type": "Q4_0", "importance": True}),
+                                  {"measure_importance": 1, **ONE_VARIANT}),
+    "a type by pattern": (edit_run("quantize", q8_0={"type": "Q8_0", "tensors": {"ffn_up": "Q6_K"}}), ONE_VARIANT),
     "one variant's recipe": (edit_run("quantize", q8_0={"type": "Q6_K"}), ONE_VARIANT),
     "card.license": (edit_run("card", license="cc-by-4.0"), FROM_CONVERT),
     "train.learning_rate": (edit_run("train", learning_rate=1e-3), FROM_TRAIN),

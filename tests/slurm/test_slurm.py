@@ -19,7 +19,7 @@ from conftest import ROOT, SMALL, copy_checkout, run_snakemake
 from pockettune.machine import run as machine_run
 from pockettune.machine.slurm import check_slurm
 
-LOCAL = {"fetch_model", "fetch_dataset", "fetch_converter", "compare", "report", "all"}
+LOCAL = {"fetch_model", "fetch_dataset", "fetch_converter", "compare", "choose", "report", "all"}
 ADAPTER = "results/small/adapter"
 LOG = "results/small/logs/train.log"
 

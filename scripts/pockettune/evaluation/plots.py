@@ -47,17 +47,28 @@ def plot_ladder(stages: Mapping[str, Any]) -> str:
     return as_svg(figure)
 
 
-def plot_size(stages: Mapping[str, Any]) -> str:
-    """Return accuracy over file size, a point a GGUF file, with 95 % intervals."""
-    figure = Figure(figsize=(7, 3.2), layout="constrained")
+def plot_front(choice: Mapping[str, Any], intervals: Mapping[str, Any]) -> str:
+    """Return accuracy over size of the files of choose(), with the 95 % intervals of that name.
+
+    A point's area is its prompt rate; filled are those that no other file beats. The chosen one has
+    another colour; a line stands at the largest size allowed.
+    """
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.subplots()
-    for name, entry in stages.items():
-        if "stored" in entry:
-            x, y = entry["size_bytes"] / 1e6, 100 * entry["accuracy"]
-            low, high = (100 * bound for bound in entry["interval"])
-            axes.plot([x, x], [low, high], color=COLORS[0], alpha=0.4)
-            axes.plot(x, y, "o", color=COLORS[0])
-            axes.annotate(name, (x, y), xytext=(6, 6), textcoords="offset points")
+    files, size_mb = choice["files"], choice["limits"]["size_mb"]
+    fastest = max(entry["prompt_rate"] for entry in files.values())
+    for place, (name, entry) in enumerate(files.items()):
+        x, y = entry["size_bytes"] / 1e6, 100 * entry["accuracy"]
+        color = COLORS[1] if name == choice["chosen"] else COLORS[0]
+        low, high = (100 * bound for bound in intervals[name])
+        axes.plot([x, x], [low, high], color=color, alpha=0.4, zorder=1)
+        axes.scatter(x, y, s=160 * entry["prompt_rate"] / fastest, edgecolors=color,
+                     facecolors=color if entry["front"] else "none")  # fmt: skip
+        # Files of neighbouring sizes, as those of 4 bits are, would write over each other.
+        above = -14 if place % 2 == 0 else 6
+        axes.annotate(name, (x, y), xytext=(8, above), textcoords="offset points")
+    if size_mb is not None:
+        axes.axvline(size_mb, color=INK, linewidth=0.8, linestyle=":")
     axes.set(xlabel="file size, MB", ylabel="accuracy, %")
     axes.set_xlim(left=0)
     axes.margins(x=0.15, y=0.15)

@@ -34,6 +34,7 @@ OF_THE_RUN: dict[str, Check] = {
     "sources": network.check_sources,
     "model": models.check_model,
     "tokenizer": models.check_tokenizer,
+    "recipes": models.check_recipes,
     "folders": storage.check_folders,
     "disk": storage.check_disk,
     "memory": storage.check_memory,

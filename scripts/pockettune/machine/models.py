@@ -1,9 +1,11 @@
 """The base model, where it is here already, and whether llama.cpp's converter will know its tokenizer."""
 
-from pockettune.common.errors import UserError
+from pockettune.common.errors import UserError, list_faults
+from pockettune.gguf.recipes import REMEDY
 from pockettune.machine.findings import Finding, judge
 from pockettune.machine.hardware import LATE
 from pockettune.machine.probe import Answer
+from pockettune.machine.quantized import misfits
 from pockettune.machine.run import Run
 from pockettune.machine.shape import Shape
 
@@ -57,3 +59,23 @@ def check_tokenizer(run: Run) -> list[Finding]:
         ]
     return [judge("tokenizer", answer.facts.get("unknown"), f"llama.cpp's converter knows it as {answer.facts.get('name')}",
                   "another base model, or a tokenizer of a published model")]  # fmt: skip
+
+
+def check_recipes(run: Run) -> list[Finding]:
+    """Whether this model's rows can hold what the recipes force on them: else a run stops after the training."""
+    shape: Shape | None = run.facts["shape"]()
+    if shape is None:
+        return [Finding("recipes", "ok", "not known until the model's shape is")]
+    faults = [
+        f"quantize.{variant} forces {', '.join(found)}"
+        for variant, recipe in run.settings["quantize"].items()
+        if (found := misfits(shape, recipe))
+    ]
+    return [
+        judge(
+            "recipes",
+            list_faults(faults) if faults else None,
+            "the model's rows can hold their types",
+            REMEDY,
+        )
+    ]

@@ -30,7 +30,7 @@ ADVICE = {
 
 SUBMITTED = re.compile(r"submitted with SLURM jobid (\w+) \(log: (.*)\)\.$", re.MULTILINE)
 FAILED = re.compile(
-    r"^Error in rule (\w+):\n +message: SLURM-job '(\w+)' failed.*?status is:\s+'(\w+)'",
+    r"^Error in rule (\S+):\n +message: SLURM-job '(\w+)' failed.*?status is:\s+'(\w+)'",
     re.MULTILINE,
 )
 OVER_MEMORY = re.compile(r"slurmstepd.*(memory limit|oom[-_ ]kill)", re.IGNORECASE)
@@ -65,8 +65,8 @@ def queued_jobs(folder: Path, states: str) -> list[QueuedJob]:
     return jobs
 
 
-def refuse_strays(folder: Path, results: str) -> None:
-    """Raise UserError where jobs that a killed snakemake left behind still work on `results`.
+def refuse_strays(folder: Path, *results: str) -> None:
+    """Raise UserError where jobs that a killed snakemake left behind still work on a folder of `results`.
 
     Two jobs would write the same files. Jobs of another run, which has results of its own, may go
     on: so each job is looked up in the logs of `folder`/.snakemake.
@@ -75,13 +75,14 @@ def refuse_strays(folder: Path, results: str) -> None:
     if not jobs:
         return
     logs = [read_log(path) for path in (folder / ".snakemake/log").glob("*.log")]
-    ours = [log for log in logs if f" log: {results}/logs/" in log]
+    marks = [f" log: {path}/logs/" for path in results]
+    ours = [log for log in logs if any(mark in log for mark in marks)]
     left = [job for job in jobs if any(f"SLURM jobid {job.number} " in log for log in ours)]
     if left:
         named = list_faults([f"{job.number} ({job.rule})" for job in left])
         numbers = " ".join(job.number for job in left)
         raise UserError(
-            f"SLURM still has jobs of an earlier snakemake for {results}: {named}; wait for them,"
+            f"SLURM still has jobs of an earlier snakemake for {list_faults([*results])}: {named}; wait for them,"
             f" or end them with `scancel {numbers}`, and run again"
         )
 

@@ -32,6 +32,10 @@ RENAMED = {
     "hub.endpoint": "it is an entry of hub.sources now: [https://hf-mirror.com, huggingface]",
 }
 
+# Types whose grid is so coarse that llama.cpp refuses them without an importance matrix, as recipes and
+# as types of tensors.
+NEED_IMPORTANCE = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "Q2_K_S"}  # fmt: skip
+
 # Besides what _unusable_paths explains: line breaks and other control characters, which would
 # break the one line of a message, and halves of characters, which no file system takes.
 UNUSABLE = re.compile(r"[{}<>\x00-\x1f\x7f\ud800-\udfff]|^-")
@@ -226,11 +230,29 @@ def _contradictions(config: Config) -> Iterator[str]:
             "evaluate.split is validation, on whose rows train.eval_every chooses the adapter: a score"
             " on them is too high; set evaluate.split to test, or train.eval_every to null"
         )
+    yield from _unusable_recipes(config["quantize"])
     words = list(config["task"]["labels"].values())
     if len(set(words)) < len(words):
         yield f"task.labels answers the same word for two values: {', '.join(words)}"
     if spaced := [repr(word) for word in words if word != word.strip()]:
         yield f"task.labels: {', '.join(spaced)} begins or ends with a space; take it away"
+
+
+def _unusable_recipes(quantize: Config) -> Iterator[str]:
+    """Yield the recipes that need an importance matrix and ask for none, and patterns that are none."""
+    for variant, recipe in quantize.items():
+        tensors = recipe.get("tensors", {})
+        coarse = sorted(NEED_IMPORTANCE & {recipe["type"], *tensors.values()})
+        if coarse and not recipe.get("importance"):
+            yield (
+                f"quantize.{variant}: {', '.join(coarse)} is too coarse to choose without knowing which"
+                " columns count; set importance: true"
+            )
+        for pattern in tensors:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                yield f"quantize.{variant}.tensors: {pattern!r} is no regular expression: {error}"
 
 
 def _unusable_paths(paths: Mapping[str, str | None]) -> Iterator[str]:

@@ -5,6 +5,7 @@ the inputs, an edited line reruns the rules that use it and no others.
 """
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +25,12 @@ def imported_files(program: Path, root: Path) -> list[Path]:
     return sorted(found - {program})
 
 
-def _imports_of(path: Path, root: Path) -> Iterator[Path]:
+@functools.cache  # twenty rules ask for the same modules, and a sweep has many runs of them
+def _imports_of(path: Path, root: Path) -> tuple[Path, ...]:
+    return tuple(_read_imports(path, root))
+
+
+def _read_imports(path: Path, root: Path) -> Iterator[Path]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             for alias in node.names:

@@ -1,0 +1,107 @@
+"""Which file to ship: the smallest that is proved as good as F16, within a budget of size and memory."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pockettune.evaluation.intervals import ONE_SIDED, paired_interval
+from pockettune.evaluation.verdict import judge, say
+
+REFERENCE = "f16"
+MB = 1e6  # bytes
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a file may weigh and take of memory, in MB, None for any; and the margin of the claim."""
+
+    size_mb: float | None
+    memory_mb: float | None
+    margin: float
+
+
+def read_limits(settings: Mapping[str, Any]) -> Limits:
+    """Return the limits that the sections choose, which may be null, and evaluate set."""
+    given = settings["choose"] or {}
+    margin = given.get("margin") or settings["evaluate"]["margin"]
+    return Limits(given.get("size_mb"), given.get("memory_mb"), margin)
+
+
+def choose(stages: Mapping[str, Any], speed: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
+    """Return {"chosen", "proved", "why", "limits", "files": {name: …}}, the smallest file first.
+
+    `stages` are those of metrics.json, `speed` what measure_speed.py wrote of each file, by name. Of
+    the files proved as good the smallest is chosen, of equal size that with the higher bound; where
+    none is proved, the file with the highest bound; None where none is within budget. F16 stands
+    among the files and is not chosen: the others are compared with it.
+    """
+    files = {
+        name: describe_file(entry, speed[name], limits)
+        for name, entry in sorted(stages.items(), key=lambda item: item[1].get("size_bytes") or 0)
+        if "stored" in entry
+    }
+    for entry in files.values():
+        entry["front"] = not any(is_better(other, entry) for other in files.values())
+    candidates = {name: entry for name, entry in files.items() if name != REFERENCE}
+    within = {name: entry for name, entry in candidates.items() if not entry["over"]}
+    proved = {name: e for name, e in within.items() if e["verdict"]["claim"] == "as good"}
+    if proved:
+        chosen = min(proved, key=lambda n: (proved[n]["size_bytes"], -proved[n]["bound"], n))
+        why = f"the smallest within the budget that is {say(proved[chosen]['verdict'])}"
+    elif within:
+        chosen = min(within, key=lambda n: (-within[n]["bound"], within[n]["size_bytes"], n))
+        bound, margin = 100 * within[chosen]["bound"], 100 * limits.margin
+        why = (
+            "no file within the budget is proved as good as F16; this one has the closest bound"
+            f" (difference at least {bound:+.2f} points, margin {margin:.4g}): {list_why(candidates)}"
+        )
+    else:
+        chosen = None
+        why = f"no file is within the budget: {list_why(candidates)}"
+    return {
+        "chosen": chosen, "proved": bool(proved), "why": why, "limits": asdict(limits), "files": files,
+    }  # fmt: skip
+
+
+def describe_file(
+    entry: Mapping[str, Any], speed: Mapping[str, Any], limits: Limits
+) -> dict[str, Any]:
+    """Return what a file costs and is worth; "over" says which limits it breaks.
+
+    "bound": the lowest that its difference of accuracy to F16 may be, one-sided at 95 %; it and
+    "verdict" are missing for F16 itself.
+    """
+    size, memory = entry["size_bytes"], speed["resident_bytes"]
+    over = []
+    if limits.size_mb is not None and size > limits.size_mb * MB:
+        over.append(f"size {size / MB:,.1f} MB, choose.size_mb is {limits.size_mb:g}")
+    if limits.memory_mb is not None and memory is None:
+        over.append(f"memory not measured on this system, choose.memory_mb is {limits.memory_mb:g}")
+    elif limits.memory_mb is not None and memory > limits.memory_mb * MB:
+        over.append(f"memory {memory / MB:,.1f} MB, choose.memory_mb is {limits.memory_mb:g}")
+    told = {
+        "size_bytes": size, "memory_bytes": memory, "accuracy": entry["accuracy"],
+        "prompt_rate": speed["prompt"]["mean"], "over": over,
+    }  # fmt: skip
+    if paired := entry.get("against_f16"):
+        lost, gained, n = paired["lost"], paired["gained"], paired["n"]
+        told["bound"] = paired_interval(lost, gained, n, ONE_SIDED)[0]
+        told["verdict"] = judge(lost, gained, n, limits.margin)
+    return told
+
+
+def is_better(other: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
+    """Whether `other` is as small, as accurate and as fast as `entry`, and in one of them better."""
+    a, b = ((-e["size_bytes"], e["accuracy"], e["prompt_rate"]) for e in (other, entry))
+    return a != b and all(x >= y for x, y in zip(a, b, strict=True))
+
+
+def list_why(files: Mapping[str, Any]) -> str:
+    """Return what keeps each file from being chosen."""
+    return "; ".join(f"{name}: {say_why(entry)}" for name, entry in files.items())
+
+
+def say_why(entry: Mapping[str, Any]) -> str:
+    """Return a file's verdict, behind the limits that it breaks, if any."""
+    over = f"over budget ({', '.join(entry['over'])}), " if entry["over"] else ""
+    return over + say(entry["verdict"])

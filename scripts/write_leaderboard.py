@@ -1,0 +1,145 @@
+"""Put the files that a sweep's runs made into one order: the page and the table.
+
+Runs that differ in train.seed alone are a group, with the mean and the standard deviation over its
+seeds: a difference between groups that is smaller than what the seed makes is none.
+
+Input   members.json, and beside it each run's metrics.json and speed/
+Output  leaderboard.html: works offline, no script, nothing loaded from anywhere
+        leaderboard.csv: a row for each file of each run
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+
+from pockettune.common import program
+from pockettune.evaluation.verdict import say
+
+SEED = "train.seed"
+
+
+def read_rows(results: Path, members: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a row for each file of each run, without order."""
+    rows = []
+    for member in members:
+        folder = results / member["name"]
+        stages = program.read_json(folder / "metrics.json")["stages"]
+        for name, stage in stages.items():
+            if "stored" not in stage or name == "f16":
+                continue
+            speed = program.read_json(folder / f"speed/{name}.json")
+            rows.append(
+                {
+                    "run": member["name"],
+                    "changed": member["changed"],
+                    "file": name,
+                    "size_bytes": stage["size_bytes"],
+                    "accuracy": stage["accuracy"],
+                    "low": stage["interval"][0],
+                    "high": stage["interval"][1],
+                    "rows": stage["n"],
+                    "f16_accuracy": stages["f16"]["accuracy"],
+                    "claim": stage["verdict"]["claim"],
+                    "verdict": say(stage["verdict"]),
+                    "prompt_rate": speed["prompt"]["mean"],
+                    "generation_rate": speed["generation"]["mean"],
+                }
+            )
+    return rows
+
+
+def group_seeds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the groups of rows that differ in their seed alone, the most accurate first.
+
+    Of equally accurate ones the smaller file comes first. Within a group, by seed.
+    """
+    by_settings: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        settings = {key: value for key, value in row["changed"].items() if key != SEED}
+        by_settings.setdefault(json.dumps([settings, row["file"]]), []).append(row)
+    groups = []
+    for members in by_settings.values():
+        accuracies = [row["accuracy"] for row in members]
+        groups.append(
+            {
+                "settings": {k: v for k, v in members[0]["changed"].items() if k != SEED},
+                "file": members[0]["file"],
+                "mean": statistics.mean(accuracies),
+                "deviation": statistics.stdev(accuracies) if len(members) > 1 else None,
+                "size_bytes": max(row["size_bytes"] for row in members),
+                "prompt_rate": statistics.mean(row["prompt_rate"] for row in members),
+                "members": sorted(members, key=lambda row: row["changed"].get(SEED, 0)),
+            }
+        )
+    return sorted(groups, key=lambda group: (-group["mean"], group["size_bytes"]))
+
+
+def as_table(groups: list[dict[str, Any]]) -> pd.DataFrame:
+    """Return a row for each file of each run, with its group's place, mean and deviation."""
+    rows = []
+    for place, group in enumerate(groups, start=1):
+        for row in group["members"]:
+            values = {key: value for key, value in row.items() if key != "changed"}
+            changed = {
+                key: value if isinstance(value, str | int | float) else json.dumps(value)
+                for key, value in row["changed"].items()
+            }
+            rows.append(
+                {
+                    "place": place, **values, **changed, "seeds": len(group["members"]),
+                    "mean_accuracy": group["mean"], "deviation_accuracy": group["deviation"],
+                }
+            )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def render(template: Path, content: dict[str, Any]) -> str:
+    """Return the page, with all that goes into it escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(template.parent),
+        autoescape=select_autoescape(["html", "html.j2"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template.name).render(content)
+
+
+def main() -> None:
+    parser = program.argument_parser(__doc__)
+    parser.add_argument("--members", type=Path, required=True, help="members.json of a sweep")
+    parser.add_argument("--template", type=Path, required=True, help="of the page")
+    parser.add_argument("--html", type=Path, required=True, help="leaderboard.html to write")
+    parser.add_argument("--csv", type=Path, required=True, help="leaderboard.csv to write")
+
+    def work(arguments: argparse.Namespace) -> None:
+        members = [m for m in program.read_json(arguments.members) if m["current"]]
+        groups = group_seeds(read_rows(arguments.members.parent, members))
+        with program.staged(arguments.csv) as partial:
+            as_table(groups).to_csv(partial, index=False)
+        content = {
+            "title": arguments.members.parent.name,
+            "keys": [key for key in members[0]["changed"] if key != SEED],
+            "runs": len(members),
+            "groups": groups,
+            "has_seeds": SEED in members[0]["changed"],
+        }
+        with program.staged(arguments.html) as partial:
+            partial.write_text(render(arguments.template, content), encoding="utf-8")
+        best = groups[0]
+        program.logger.info(
+            "%d runs; first is %s of %s, %.1f %% right; page in %s",
+            len(members), best["file"], best["members"][0]["run"], 100 * best["mean"],
+            arguments.html,
+        )  # fmt: skip
+
+    program.run(parser, work)
+
+
+if __name__ == "__main__":
+    main()
