@@ -48,14 +48,6 @@ for member in MEMBERS:
     use rule * from module_name as prefix*
 
 
-# A module's localrules keep the names that they have in it.
-workflow._localrules = {
-    known.name
-    for known in workflow.rules
-    if known.name.partition("__")[2] in workflow._localrules
-}
-
-
 def targets(member):
     """Return the files that one member's run ends in."""
     return getattr(rules, f"{member['name']}__all").input
@@ -69,13 +61,31 @@ def link(paths):
     )
 
 
-MEMBER_RULES = [known.name for known in workflow.rules]
 LINKS = []
 if not ASKED_FOR:
     LINKS = find_links(
         (MemberRules(f"{member['name']}__", folder, workflow.rules), targets(member))
         for member, folder in zip(MEMBERS, FOLDERS, strict=True)
     )
+
+LINKED = {path for entry in LINKS for path in (*entry.folders, *entry.files)}
+
+# A link takes the place of the member's own rule, and a file outside the members' folders, such as a
+# base model, has one rule. By ruleorder, hundreds of rules a file would be compared for minutes.
+made = set()
+for known in list(workflow.rules):
+    products = tuple(map(str, known.output))
+    if products and not known.has_wildcards():
+        if products in made or products[0] in LINKED:
+            del workflow._rules[known.name]
+        made.add(products)
+
+# A module's localrules keep the names that they have in it.
+workflow._localrules = {
+    known.name
+    for known in workflow.rules
+    if known.name.partition("__")[2] in workflow._localrules
+}
 
 for entry in LINKS:
 
@@ -92,10 +102,6 @@ for entry in LINKS:
             command=link({**entry.folders, **entry.files}),
         shell:
             "{params.command}"
-
-
-# What lies outside the members' folders, such as a base model, each of them could make.
-workflow.ruleorder(*(entry.name for entry in LINKS), *MEMBER_RULES)
 
 
 rule leaderboard:
