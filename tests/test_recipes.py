@@ -278,6 +278,13 @@ def test_importance_is_in_llama_cpps_format(importance: Path, f16: Path) -> None
     assert read_importance(importance).keys() == matrices, "the head too, which is the embedding"
 
 
+def test_importance_is_read_back_as_a_mean_over_tokens(tmp_path: Path) -> None:
+    inputs = {"a": Inputs(np.array([6.0, 3.0, 0.0]), 3), "b": Inputs(np.array([4.0]), 8)}
+    write_importance(tmp_path / "x.gguf", inputs, [[1, 2, 3], [4]])
+    read = read_importance(tmp_path / "x.gguf")
+    assert {name: list(values) for name, values in read.items()} == {"a": [2, 1, 0], "b": [0.5]}
+
+
 def test_names_are_those_that_the_converter_gives() -> None:
     modules = ["model.layers.11.self_attn.o_proj", "model.layers.0.mlp.down_proj", "lm_head", "x.y"]
     for kind in ("qwen2", "llama", "mistral", "gemma3_text", "smollm3", "hunyuan_v1_dense"):
