@@ -222,7 +222,7 @@ def test_every_run_is_complete_and_the_page_compares_them(finished_sweep: Path) 
 
 def test_what_is_added_is_made_and_nothing_else(finished_sweep: Path) -> None:
     assert planned(finished_sweep) == {}
-    after_training = {"train": 1, "merge": 1, "convert": 1, "check_parity": 1, "quantize": 1, "compare": 1,
+    after_training = {"train": 1, "merge": 1, "convert": 1, "check_parity": 1, "quantize": 1, "compare": 1, "choose": 1,
                       "evaluate_adapter": 1, "evaluate_merged": 1, "evaluate_f16": 1, "evaluate_variant": 1,
                       "measure_speed": 2, "report": 1, "leaderboard": 1}  # fmt: skip
     # In front: the one that was first before still owns what all share.
@@ -234,7 +234,7 @@ def test_what_is_added_is_made_and_nothing_else(finished_sweep: Path) -> None:
     write_sweep(finished_sweep, {**OVER, "quantize.q.type": ["Q4_0"]})
     # Members of other names, whose adapters are the same: only the new type is made.
     assert planned(finished_sweep) == {
-        "quantize": 2, "evaluate_variant": 2, "measure_speed": 2, "compare": 2, "report": 2, "leaderboard": 1,
+        "quantize": 2, "evaluate_variant": 2, "measure_speed": 2, "compare": 2, "choose": 2, "report": 2, "leaderboard": 1,
     }  # fmt: skip
     write_sweep(finished_sweep, OVER)
     assert planned(finished_sweep) == {}

@@ -2,9 +2,12 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from pockettune.common.errors import UserError, list_faults
-from pockettune.gguf.files import Tensor
+
+if TYPE_CHECKING:  # the doctor reads recipes before there are packages
+    from pockettune.gguf.files import Tensor
 
 # Of a type that rows cannot hold.
 REMEDY = "take one of blocks of 32 (Q4_0, IQ4_NL, Q4_1, Q5_0, Q5_1, Q8_0), or leave the choice to the recipe"
@@ -20,7 +23,7 @@ def type_by_pattern(patterns: Mapping[str, str], name: str) -> str | None:
     return patterns[longest] if longest is not None else None
 
 
-def choose_types(patterns: Mapping[str, str], tensors: Sequence[Tensor]) -> dict[str, str]:
+def choose_types(patterns: Mapping[str, str], tensors: "Sequence[Tensor]") -> dict[str, str]:
     """Return the type of each matrix whose name holds one of the patterns, by its name.
 
     Raises UserError naming the patterns that no matrix's name holds.

@@ -97,8 +97,10 @@ def find_shape_here(run: Run) -> Shape | None:
         if place is not None and place.exists():
             try:
                 return shape_of_gguf(place) if place.is_file() else shape_of_folder(place)
-            except (UserError, OSError, ValueError, TypeError, KeyError):
-                return None  # models.check_model says what is wrong with it
+            except (UserError, OSError, ValueError, TypeError, KeyError, ImportError):
+                return (
+                    None  # models.check_model says what is wrong with it; packages may be missing
+                )
     return None
 
 
