@@ -188,13 +188,12 @@ def variant_importance(wildcards):
     return f"{RESULTS}/importance.gguf" if wanted else []
 
 
-def memory(mb, program=None):
-    """Return a rule's memory in MB: at least `mb`, and what its program takes of this base model, by its
-    name in machine/estimate.py, once that is here; a job that failed gets as much again at each retry.
-    """
+def memory(mb, job=None):
+    """Return a rule's memory in MB: at least `mb`, and what a job of this name in machine/estimate.py
+    takes of the base model, once that is here; one that failed gets as much again at each retry."""
     run = Run(Path.cwd(), config)
     return lambda wildcards, attempt: attempt * max(
-        mb, request(run, program) // 10**6 if program else 0
+        mb, request(run, job) // 10**6 if job else 0
     )
 
 
