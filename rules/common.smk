@@ -190,7 +190,8 @@ def variant_importance(wildcards):
 
 def memory(mb, job=None):
     """Return a rule's memory in MB: at least `mb`, and what a job of this name in machine/estimate.py
-    takes of the base model, once that is here; one that failed gets as much again at each retry."""
+    takes of the base model, once that is here; one that failed gets as much again at each retry.
+    """
     run = Run(Path.cwd(), config)
     return lambda wildcards, attempt: attempt * max(
         mb, request(run, job) // 10**6 if job else 0
