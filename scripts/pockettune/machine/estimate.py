@@ -175,7 +175,7 @@ def _memory_sizes(
         kernels = KERNELS if precision == "bf16" else 0
         computing = training_bytes(settings, shape, rows, device, precision) + kernels
         yield "train", TORCH + (stored if device == "cuda" else max(loading, computing))
-    yield "merge", TORCH + min(stored, SHARD) + 6 * largest
+    yield "merge", TORCH + min(stored, SHARD) + 2 * largest
     yield "convert", CONVERT + 2 * largest + 500 * shape.vocabulary
     yield "check_parity", SCORING + f16 + exact
     yield "quantize", 60e6 + f16
