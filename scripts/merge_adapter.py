@@ -20,9 +20,7 @@ from pockettune.runtimes.memory import memory_hint
 # What transformers leaves out of the config.json it saves and llama.cpp's converter asks for.
 CARRIED = ("n_ctx", "rotary_pct")  # GPT-2; GPT-NeoX, Cohere 2
 
-LESS_MEMORY = (
-    "merging takes 3 GB, and 16 bytes a number of the largest matrix: run it where they are free"
-)
+LESS_MEMORY = "merging takes about 3 GB: run it where they are free"
 
 
 def merge_adapter(base: Path, adapter: Path, output: Path) -> None:
