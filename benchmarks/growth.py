@@ -77,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--rows", type=int, nargs="+", default=[1_000, 10_000, 100_000, 1_000_000])
     arguments = parser.parse_args()
-    make_base()
+    apart(make_base)
     lines = [measure_rows(rows) for rows in arguments.rows]
     write_page("growth", [
         "# Rows, time and memory", "",
