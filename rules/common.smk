@@ -22,6 +22,7 @@ from pockettune.workflow.config import (
     check_files,
     drop_idle,
     is_gguf,
+    local_files,
     set_environment,
 )
 from pockettune.workflow.pins import (
@@ -64,23 +65,6 @@ def mistakes_in_one_line():
         sys.exit(2)
 
 
-def user_files():
-    """Return the config's keys that name local files, without those that a rule makes."""
-    files = {
-        f"dataset.files.{k}": v for k, v in (config["dataset"]["files"] or {}).items()
-    }
-    for key in ("path", "chat_template"):
-        files[f"model.{key}"] = config["model"][key]
-    files["train.adapter"] = config["train"]["adapter"]
-    for key in ("path", "unlabelled_texts"):
-        files[f"train.teacher.{key}"] = (config["train"]["teacher"] or {}).get(key)
-    return {
-        key: path
-        for key, path in files.items()
-        if path and not path.startswith("resources/")
-    }
-
-
 NOT_PINNED = unpin_others(
     config,
     own=yaml.safe_load(Path(workflow.basedir, "config.yaml").read_text("utf-8")),
@@ -93,7 +77,7 @@ with mistakes_in_one_line():
             Path(workflow.basedir, "schemas/config.schema.yaml").read_text()
         ),
     )
-    check_files(user_files())
+    check_files(local_files(config))
 
 if NOT_PINNED and workflow.is_main_process:
     print(f"warning: {NOT_PINNED}", file=sys.stderr)

@@ -17,10 +17,8 @@ from pockettune.evaluation import stages
 from pockettune.evaluation.metrics import provenance
 from pockettune.models.folder import weight_files
 from pockettune.runtimes.exact import load_exact
-from pockettune.runtimes.memory import memory_hint
+from pockettune.runtimes.memory import ELSEWHERE, memory_hint
 from pockettune.runtimes.packing import next_token_logits
-
-LESS_MEMORY = "run it where nothing else takes the memory, or on the CPU: CUDA_VISIBLE_DEVICES=-1"
 
 
 @contextmanager
@@ -28,7 +26,7 @@ def open_model(
     arguments: argparse.Namespace, examples: Sequence[Example]
 ) -> Iterator[stages.Runtime]:
     """Load the model to compute in fp32, which holds what is stored in 16 bits exactly."""
-    with memory_hint(LESS_MEMORY):
+    with memory_hint(ELSEWHERE):
         yield load_runtime(arguments, examples)
 
 

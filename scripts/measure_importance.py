@@ -15,10 +15,9 @@ from pockettune.data.prompts import Examples, take_evenly
 from pockettune.gguf.importance import name_in_file, write_importance
 from pockettune.runtimes.activations import sum_squares
 from pockettune.runtimes.exact import load_exact
-from pockettune.runtimes.memory import memory_hint
+from pockettune.runtimes.memory import ELSEWHERE, memory_hint
 
 PROMPTS = 512  # evenly spread over train
-LESS_MEMORY = "run it where nothing else takes the memory, or on the CPU: CUDA_VISIBLE_DEVICES=-1"
 
 
 def measure_importance(model: Path, tokens: Path, threads: int, output: Path) -> None:
@@ -26,7 +25,7 @@ def measure_importance(model: Path, tokens: Path, threads: int, output: Path) ->
     torch.set_num_threads(threads)
     examples = take_evenly(Examples(tokens / "train.arrow"), PROMPTS)
     prompts = [example.prompt_ids for example in examples]
-    with memory_hint(LESS_MEMORY):
+    with memory_hint(ELSEWHERE):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         network = load_exact(model, device=device)
         found = sum_squares(network, prompts)

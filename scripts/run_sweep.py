@@ -17,11 +17,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pockettune.common import program
 from pockettune.common.errors import UserError
-from pockettune.machine.run import load_config
+from pockettune.machine.run import load_config, read_sections
 from pockettune.workflow.config import check_config
 from pockettune.workflow.sweep import Member, expand, in_order, read_sweep
 
@@ -43,25 +41,15 @@ def plan(sweep: Path, results: Path) -> list[dict[str, Any]]:
     """Return the sweep's members, and those of earlier calls whose results are here, for members.json."""
     base, over = read_sweep(sweep)
     own = load_config(ROOT, [])
-    run = read_yaml(base) if base else {}
-    schema = read_yaml(ROOT / "schemas/config.schema.yaml")
+    run = read_sections(base, str(base)) if base else {}
+    schema_file = ROOT / "schemas/config.schema.yaml"
+    schema = read_sections(schema_file, str(schema_file))
     members = expand(own, run, over, schema, results)
     earlier = [member for member in read_members(results) if is_valid(member, schema)]
     return [
         {**asdict(member), "current": current}
         for member, current in in_order(members, earlier, results)
     ]
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Return a file's sections; UserError where it has none."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no sections")
-    return content
 
 
 def read_members(results: Path) -> list[Member]:

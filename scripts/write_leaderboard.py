@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
 from pockettune.common import program
+from pockettune.common.pages import render_page
 from pockettune.evaluation.verdict import say
 
 SEED = "train.seed"
@@ -98,18 +98,6 @@ def as_table(groups: list[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def render(template: Path, content: dict[str, Any]) -> str:
-    """Return the page, with all that goes into it escaped."""
-    environment = Environment(
-        loader=FileSystemLoader(template.parent),
-        autoescape=select_autoescape(["html", "html.j2"]),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(template.name).render(content)
-
-
 def main() -> None:
     parser = program.argument_parser(__doc__)
     parser.add_argument("--members", type=Path, required=True, help="members.json of a sweep")
@@ -130,7 +118,8 @@ def main() -> None:
             "has_seeds": SEED in members[0]["changed"],
         }
         with program.staged(arguments.html) as partial:
-            partial.write_text(render(arguments.template, content), encoding="utf-8")
+            page = render_page(arguments.template, content, filters={})
+            partial.write_text(page, encoding="utf-8")
         best = groups[0]
         program.logger.info(
             "%d runs; first is %s of %s, %.1f %% right; page in %s",

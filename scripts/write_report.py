@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
 from pockettune.common import program
+from pockettune.common.pages import render_page
 from pockettune.evaluation import plots
 from pockettune.evaluation.choice import choose, read_limits, say_why
 from pockettune.evaluation.verdict import not_decided, say
@@ -89,20 +89,13 @@ def last_part(path: str) -> str:
 
 
 def render(template: Path, content: Mapping[str, Any]) -> str:
-    """Return a template filled in; what goes into HTML is escaped, in Markdown the template does it."""
-    environment = Environment(
-        loader=FileSystemLoader(template.parent),
-        autoescape=select_autoescape(["html", "html.j2"]),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
+    """Return a template filled in, with the report's own filters."""
+    filters: dict[str, Any] = {
         "percent": percent, "megabytes": megabytes, "duration": duration, "points": points,
         "scientific": scientific, "fenced": fenced, "quoted": quoted, "claim": say,
         "why": say_why,
     }  # fmt: skip
-    return environment.get_template(template.name).render(content)
+    return render_page(template, content, filters)
 
 
 def write_verdict(

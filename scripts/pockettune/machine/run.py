@@ -91,20 +91,13 @@ class Run:
 
 def load_config(root: Path, run_files: Iterable[Path]) -> Config:
     """Return config.yaml with the run files laid over it, as the Snakefile does."""
-    import yaml
     from snakemake.utils import update_config
 
     from pockettune.workflow.pins import unpin_others
 
     layers: list[Config] = []
     for path in [root / "config.yaml", *run_files]:
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (OSError, UnicodeError, yaml.YAMLError) as error:
-            raise UserError(f"{path.name} cannot be read: {error}") from error
-        if not isinstance(content, dict):
-            raise UserError(f"{path.name} holds no sections")
-        layers.append(content)
+        layers.append(read_sections(path, path.name))
     own, *others = layers
     given: Config = {}
     for layer in others:
@@ -113,6 +106,19 @@ def load_config(root: Path, run_files: Iterable[Path]) -> Config:
     update_config(config, given)
     unpin_others(config, own, given)
     return config
+
+
+def read_sections(path: Path, called: str) -> Config:
+    """Return a YAML file's sections; UserError, naming it as `called`, where it has none."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
+        raise UserError(f"{called} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{called} holds no sections")
+    return content
 
 
 def load_profile(folder: Path) -> dict[str, Any]:
@@ -132,7 +138,7 @@ def check_settings(run: Run) -> list[Finding]:
     """The config against its schema, and the local files that it names."""
     import yaml
 
-    from pockettune.workflow.config import check_config, check_files
+    from pockettune.workflow.config import check_config, check_files, local_files
     from pockettune.workflow.pins import check_fetched, pinned_files
 
     schema = yaml.safe_load(run.path("schemas/config.schema.yaml").read_text(encoding="utf-8"))
@@ -145,17 +151,3 @@ def check_settings(run: Run) -> list[Finding]:
     except UserError as error:
         return [Finding("config", "problem", str(error), "mend the run file or config.yaml")]
     return [Finding("config", "ok", f"valid; results in {run.results.relative_to(run.root)}")]
-
-
-def local_files(config: Config) -> dict[str, str]:
-    """Return the config's keys that name local files, without those that a rule makes."""
-    files = {
-        f"dataset.files.{key}": path for key, path in (config["dataset"]["files"] or {}).items()
-    }
-    files["model.path"], files["train.adapter"] = (
-        config["model"]["path"],
-        config["train"]["adapter"],
-    )
-    for key in ("path", "unlabelled_texts"):
-        files[f"train.teacher.{key}"] = (config["train"]["teacher"] or {}).get(key)
-    return {key: path for key, path in files.items() if path and not path.startswith("resources/")}

@@ -7,6 +7,9 @@ import torch
 
 from pockettune.common.errors import UserError
 
+# Of a model that is scored or measured.
+ELSEWHERE = "run it where nothing else takes the memory, or on the CPU: CUDA_VISIBLE_DEVICES=-1"
+
 
 @contextlib.contextmanager
 def memory_hint(remedy: str) -> Iterator[None]:

@@ -64,6 +64,17 @@ def is_gguf(path: str | None) -> bool:
     return bool(path) and str(path).lower().endswith(".gguf")
 
 
+def local_files(config: Config) -> dict[str, str]:
+    """Return the config's keys that name local files, without those that a rule makes."""
+    files = {f"dataset.files.{k}": v for k, v in (config["dataset"]["files"] or {}).items()}
+    for key in ("path", "chat_template"):
+        files[f"model.{key}"] = config["model"][key]
+    files["train.adapter"] = config["train"]["adapter"]
+    for key in ("path", "unlabelled_texts"):
+        files[f"train.teacher.{key}"] = (config["train"]["teacher"] or {}).get(key)
+    return {key: path for key, path in files.items() if path and not path.startswith("resources/")}
+
+
 def check_files(paths: dict[str, str]) -> None:
     """Raise UserError naming every key of `paths` whose file or folder is missing.
 
