@@ -33,6 +33,8 @@ def gather(arguments: argparse.Namespace) -> dict[str, Any]:
     training = program.read_json(arguments.adapter / "training.json")
     if "imported_from" in training:
         training["imported_from"] = last_part(training["imported_from"])
+    if training.get("teacher"):
+        training["teacher"] = name_teacher(training["teacher"])
     source = program.read_json(arguments.base / "source.json")
     if settings["model"]["path"]:  # else it is owner/name@revision
         source["origin"] = last_part(source["origin"])
@@ -81,7 +83,14 @@ def without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
         dataset["files"] = {split: last_part(path) for split, path in dataset["files"].items()}
     if train["adapter"]:
         train["adapter"] = last_part(train["adapter"])
+    if train.get("teacher"):
+        train["teacher"] = name_teacher(train["teacher"])
     return {**settings, "model": model, "dataset": dataset, "train": train}
+
+
+def name_teacher(teacher: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the section train.teacher with the names of its files alone."""
+    return {k: last_part(v) if isinstance(v, str) else v for k, v in teacher.items()}
 
 
 def last_part(path: str) -> str:

@@ -220,6 +220,29 @@ def test_report_and_card_tell_what_was_left_out_and_seen_elsewhere(finished_run:
     assert "4 unusable rows of train were left out" in card
 
 
+def test_teacher_is_told_by_its_name_alone(finished_run: Path) -> None:
+    from write_report import render
+
+    folder = finished_run / "results/small"
+    content = gather_report(finished_run, folder / "flips.json")
+    templates = [finished_run / f"report/{name}.j2" for name in ("report.html", "card.md")]
+    assert not any("its teacher" in render(template, content) for template in templates)
+    told = {"path": "/home/li/runs/large", "weight": 0.7, "temperature": 2.0, "unlabelled_texts": "/data/t.txt"}  # fmt: skip
+    train = {**content["config"]["train"], "teacher": told}
+    content = gather_report(finished_run, folder / "flips.json", train=train)
+    assert content["config"]["train"]["teacher"]["path"] == "large"
+    content["training"] |= {
+        "teacher": content["config"]["train"]["teacher"],
+        "unlabelled_examples": 12,
+    }
+    for template in templates:
+        page = render(template, content)
+        assert "/home/li" not in page and "its teacher, large, finds" in page.replace("\n", " "), (
+            template
+        )
+        assert "of 12 texts without a label too" in page
+
+
 def test_model_card_names_licence_language_and_numbers(finished_run: Path) -> None:
     card = (finished_run / "results/small/card.md").read_text(encoding="utf-8")
     header = yaml.safe_load(card.split("---")[1])
