@@ -53,7 +53,7 @@ def convert_model(
     # Vectors are stored as F32. The vocabulary comes on top: 6 MB of Qwen2.5's.
     needed = sum(math.prod(shape) * (2 if len(shape) > 1 else 4) for shape in shapes.values())
     with program.staged(output, needed) as partial:
-        run_converter(model, converter, settings, partial, temperature, whole or model)
+        run_converter(model, converter, settings, partial, temperature, whole)
         check_tensors(partial, shapes)
     program.logger.info("%s: %d tensors, %.1f MB", output, len(shapes), output.stat().st_size / 1e6)
 
@@ -64,7 +64,7 @@ def run_converter(
     settings: Mapping[str, Any],
     output: Path,
     temperature: float | None,
-    whole: Path,
+    whole: Path | None,
 ) -> None:
     """Run convert_hf_to_gguf.py in this process, teaching it tokenizers of one's own."""
     sys.path[:0] = [str(converter), str(converter / "gguf-py")]
@@ -72,7 +72,7 @@ def run_converter(
     import gguf
 
     text_model = conversion.base.TextModel
-    recognise = named_by_pattern(whole, text_model.get_vocab_base_pre)
+    recognise = named_by_pattern(model, text_model.get_vocab_base_pre, whole)
     arguments = ["convert_hf_to_gguf.py", str(model), "--outtype", "f16",
                  "--outfile", str(output)]  # fmt: skip
     with (
@@ -158,13 +158,20 @@ def with_task(
     return write_all
 
 
-def named_by_pattern(model: Path, by_checksum: Callable[..., str]) -> Callable[..., str]:
-    """Return `by_checksum` of the model's tokenizer, falling back on the pattern in its tokenizer.json."""
+def named_by_pattern(
+    model: Path, by_checksum: Callable[..., str], whole: Path | None = None
+) -> Callable[..., str]:
+    """Return `by_checksum`, falling back on the pattern in the model's tokenizer.json.
+
+    The checksum is of `whole`'s tokenizer, where the model was trimmed from it.
+    """
     from transformers import AutoTokenizer
 
     def recognise(self: Any, tokenizer: Any) -> str:
         try:
-            return by_checksum(self, AutoTokenizer.from_pretrained(model, trust_remote_code=False))
+            if whole:
+                tokenizer = AutoTokenizer.from_pretrained(whole, trust_remote_code=False)
+            return by_checksum(self, tokenizer)
         except NotImplementedError:
             pattern = split_pattern(model / "tokenizer.json")
             if pattern in PRE_TOKENIZERS:

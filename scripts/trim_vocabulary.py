@@ -51,7 +51,9 @@ def trim_vocabulary(
     rows = embedding_rows(model)
     vocabulary = Vocabulary(program.read_json(model / "tokenizer.json"), model.name)
     emitted = emitted_ids(whole, texts["train"], examples, answers)
-    kept, reasons = choose_tokens(vocabulary, emitted, settings["vocabulary"], rows)
+    kept, reasons = choose_tokens(
+        vocabulary, emitted, settings["vocabulary"], rows, read_names(model)
+    )
     checked = [*texts["train"], *(example.prompt for example in examples)]
     with program.staged(output, trimmed_bytes(model, kept)) as partial:
         partial.mkdir()
@@ -66,6 +68,15 @@ def trim_vocabulary(
     program.logger.info("%d of %d tokens kept: %s", len(kept), rows, reasons)
     for name, mean in lengths.items():
         program.logger.info("tokens a text, %s: %.1f before, %.1f after", name, *mean.values())
+
+
+def read_names(model: Path) -> str:
+    """Return the text that names special tokens, without the list of all that there are."""
+    files = (model / name for name in ("special_tokens_map.json", "chat_template.jinja"))
+    config = program.read_json(model / "tokenizer_config.json")
+    config.pop("added_tokens_decoder", None)
+    texts = [path.read_text(encoding="utf-8") for path in files if path.is_file()]
+    return "\n".join([json.dumps(config, ensure_ascii=False), *texts])
 
 
 def warn_of_long_answers(answers: Mapping[str, Any]) -> None:

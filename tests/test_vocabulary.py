@@ -177,7 +177,7 @@ def test_without_the_halves_of_merges_train_is_read_otherwise(
     before = read_tokenizer(trimmed.base)
     emitted = {number for ids in encode(before, TEXTS) for number in ids}
     by_id = {number: text for text, number in vocabulary.ids.items()}
-    needed = vocabulary.needed() | {by_id[number] for number in emitted}
+    needed = vocabulary.needed("") | {by_id[number] for number in emitted}
     closed = vocabulary.close(needed)
     assert closed > needed, "some token is made of tokens that no text shows"
     unread = []
@@ -222,6 +222,9 @@ def test_reserved_tokens_and_those_without_a_row_are_left_out(small: dict[str, A
     small["added_tokens"] += [{**small["added_tokens"][0], "content": t, "id": n} for t, n in more]
     kept, _ = choose_tokens(Vocabulary(small, "small"), [], NONE, rows + 1)
     assert rows in kept and rows - 1 not in kept and rows + 1 not in kept
+    named = '{"pad_token": "<unused7>"}'
+    kept, _ = choose_tokens(Vocabulary(small, "small"), [], NONE, rows + 1, named)
+    assert rows - 1 in kept
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,38 @@ def test_f16_file_answers_as_the_merged_model(finished_run: Path) -> None:
     assert changed > 0.001, "a quantized file that computes the same was not quantized"
 
 
+def test_trimmed_vocabulary_answers_alike(finished_run: Path, tmp_path: Path) -> None:
+    """From the finished run's merged model on, in a copy of it."""
+    folder = tmp_path / "copy"
+    shutil.copytree(finished_run, folder, ignore=shutil.ignore_patterns("downloads"))
+    edit_run("vocabulary", keep="task")(folder)
+    targets = [
+        f"results/small/{name}"
+        for name in ("metrics/trimmed.json", "metrics/merged.json", "parity.json")
+    ]
+    result = run_snakemake(folder, *SMALL, "--", *targets)
+    assert result.returncode == 0, result.stdout[-3000:]
+    results = folder / "results/small"
+    told = json.loads((results / "vocabulary.json").read_text())
+    assert len(told["kept"]) == 512 and told["of"] == 640
+    assert told["tokens_a_text"]["test"]["before"] == told["tokens_a_text"]["test"]["after"]
+    merged, trimmed = (
+        pd.read_parquet(results / f"predictions/{s}.parquet") for s in ("merged", "trimmed")
+    )
+    assert (merged["prediction"] == trimmed["prediction"]).all()
+    ours, theirs = (t.filter(like="log_probability_").to_numpy() for t in (merged, trimmed))
+    # A softmax over fewer words adds the same to each label's log probability.
+    assert np.abs((ours - theirs) - (ours - theirs)[:, :1]).max() < 1e-4
+    metrics = {
+        s: json.loads((results / f"metrics/{s}.json").read_text()) for s in ("merged", "trimmed")
+    }
+    assert max(entry["kl_vocabulary"]["mean"] for entry in metrics.values()) < 1e-4
+    before = finished_run / "results/small/f16.gguf"
+    assert before.stat().st_size - (results / "f16.gguf").stat().st_size > 128 * 256 * 2
+    checks = json.loads((results / "parity.json").read_text())["checks"]
+    assert "the base's 640" in next(c["detail"] for c in checks if c["name"] == "vocabulary")
+
+
 def test_report_is_one_file_and_loads_nothing(finished_run: Path) -> None:
     page = (finished_run / "results/small/report.html").read_text(encoding="utf-8")
     assert "Small run" in re.search(r"<h1>(.*?)</h1>", page)[1]  # type: ignore[index]

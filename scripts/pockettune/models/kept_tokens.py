@@ -58,11 +58,14 @@ class Vocabulary:
             return {f"<0x{byte:02X}>" for byte in range(256)} & self.ids.keys()
         return set(pre_tokenizers.ByteLevel.alphabet()) & self.ids.keys()
 
-    def needed(self) -> set[str]:
-        """Return what every text may need: bytes, ASCII characters, and added tokens but reserved ones."""
+    def needed(self, named: str) -> set[str]:
+        """Return what every text may need: bytes, ASCII characters, and added tokens.
+
+        Reserved ones only where they are `named`: in the text of the tokenizer's configuration.
+        """
         unknown = self.content["model"].get("unk_token")
         single = {chr(code) for code in range(128)} | {"▁", str(unknown)}
-        own = {text for text in self.added if not RESERVED.fullmatch(text)}
+        own = {text for text in self.added if not RESERVED.fullmatch(text) or text in named}
         return self.bytes | (single & self.ids.keys()) | own
 
     def of_scripts(self, scripts: Sequence[str]) -> set[str]:
@@ -127,18 +130,22 @@ def split_merge(merge: str | Sequence[str]) -> Merge:
 
 
 def choose_tokens(
-    vocabulary: Vocabulary, emitted: Iterable[int], settings: Mapping[str, Any], rows: int
+    vocabulary: Vocabulary,
+    emitted: Iterable[int],
+    settings: Mapping[str, Any],
+    rows: int,
+    named: str = "",
 ) -> tuple[list[int], dict[str, int]]:
     """Return the ids to keep, ascending, and how many each reason added.
 
     `emitted` are the ids that train's texts, prompts and answers consist of, `settings` the section
-    `vocabulary`, `rows` those of the embedding.
+    `vocabulary`, `rows` those of the embedding, `named` the text that names special tokens.
     """
     by_id = {number: text for text, number in (vocabulary.ids | vocabulary.added).items()}
     kept: set[str] = set()
     reasons = {}
     steps = {
-        "needed": lambda: vocabulary.needed(),
+        "needed": lambda: vocabulary.needed(named),
         "train": lambda: {by_id[number] for number in emitted},
         "scripts": lambda: vocabulary.of_scripts(settings["scripts"]),
         "frequent": lambda: vocabulary.most_frequent(settings["frequent"]),
