@@ -22,9 +22,9 @@ if CHOOSE_LAYERS:
             mem_mb=memory(8000, "evaluate (PyTorch)"),
             runtime="4h",
         params:
-            count=KEEP_LAYERS["count"],
+            keep=KEEP_LAYERS["count"],
         shell:
-            command("input.base input.tokens params.count threads output=output.layers")
+            command("input.base input.tokens params.keep threads output=output.layers")
 
 
 if KEEP_LAYERS:

@@ -167,12 +167,12 @@ def main() -> None:
     parser = program.argument_parser(__doc__)
     parser.add_argument("--base", type=Path, required=True, help="base model's folder, whole")
     parser.add_argument("--tokens", type=Path, required=True, help="folder of tokenize_dataset.py")
-    parser.add_argument("--count", type=int, required=True, help="how many layers to keep")
+    parser.add_argument("--keep", type=int, required=True, help="how many layers to keep")
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--output", type=Path, required=True, help="layers.json to write")
 
     def work(a: argparse.Namespace) -> None:
-        measure_layers(a.base, a.tokens, a.count, a.threads, a.output)
+        measure_layers(a.base, a.tokens, a.keep, a.threads, a.output)
 
     program.run(parser, work)
 
