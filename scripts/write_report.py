@@ -1,6 +1,6 @@
 """Render one self-contained page, and a model card, from what the other programs wrote.
 
-Input   metrics.json, flips.json, parity.json, audit.json, speed of each file, tokens/, adapter/, the
+Input   metrics.json, flips.json, parity.json, audit.json, speed of each file, the files' tokens/, adapter/, the
         base model's folder, benchmark files
 Output  report.html: works offline, no script, nothing loaded from anywhere
         card.md: the model card for a hub, with the same numbers
@@ -61,6 +61,7 @@ def gather(arguments: argparse.Namespace) -> dict[str, Any]:
         "training": training,
         "audit": audit,
         "tokens": program.read_json(arguments.tokens / "statistics.json"),
+        "vocabulary": program.read_json(arguments.vocabulary) if arguments.vocabulary else None,
         "chat": program.read_json(arguments.tokens / "chat.json"),
         "jobs": read_benchmarks(arguments.benchmarks),
         "source": source,
@@ -217,6 +218,7 @@ def main() -> None:
     parser.add_argument("--parity", type=Path, required=True, help="parity.json")
     parser.add_argument("--speed", type=Path, nargs="+", required=True)
     parser.add_argument("--audit", type=Path, required=True, help="audit.json")
+    parser.add_argument("--vocabulary", type=Path, nargs="?", help="of a trimmed model")
     parser.add_argument("--tokens", type=Path, required=True, help="folder of tokenize_dataset.py")
     parser.add_argument("--adapter", type=Path, required=True, help="folder of train_adapter.py")
     parser.add_argument("--base", type=Path, required=True, help="folder of fetch_model.py")
