@@ -1,12 +1,39 @@
 # The adapter, and the model it makes of the base.
 
 
+if CHOOSE_LAYERS:
+
+    rule measure_layers:
+        input:
+            **program("measure_layers"),
+            **folder("base", FETCHED_MODEL),
+            **folder("tokens", "<results>/tokens"),
+        output:
+            layers="<results>/layers.json",
+        log:
+            "<results>/logs/measure_layers.log",
+        benchmark:
+            "<results>/benchmarks/measure_layers.tsv"
+        conda:
+            "../envs/train.yaml"
+        threads: 4
+        resources:
+            gpu_turn=GPU_TURN,
+            mem_mb=memory(8000, "evaluate (PyTorch)"),
+            runtime="4h",
+        params:
+            keep=KEEP_LAYERS["count"],
+        shell:
+            command("input.base input.tokens params.keep threads output=output.layers")
+
+
 if KEEP_LAYERS:
 
     rule shrink_model:
         input:
             **program("shrink_model"),
             **folder("base", FETCHED_MODEL),
+            layers="<results>/layers.json" if CHOOSE_LAYERS else [],
         output:
             base=directory(BASE_MODEL),
             manifest=f"{BASE_MODEL}.sha256",
@@ -20,9 +47,9 @@ if KEEP_LAYERS:
             mem_mb=memory(8000),
             runtime="30m",
         params:
-            keep=json.dumps(KEEP_LAYERS),
+            keep=layers_to_keep,
         shell:
-            command("input.base params.keep output=output.base")
+            command("input.base params.keep input.layers output=output.base")
 
 
 # Before the hours: whether this model can go the whole way. Its program alone is an input and not its

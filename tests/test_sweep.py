@@ -106,6 +106,14 @@ def test_names_tell_values_apart_that_a_path_cannot_hold() -> None:
     assert name_member({"train.rank": 4, "other.rank": 4}) == "train.rank-4_other.rank-4"
 
 
+def test_a_number_and_a_choice_of_layers_are_members() -> None:
+    choice = {"count": 16, "choose": "auto"}
+    first, second = expanded({"model.keep_layers": [16, choice]})
+    assert first.name == "keep_layers-16"
+    assert re.fullmatch(r"keep_layers-count-16-choose-auto-\w{6}", second.name)
+    assert second.config["model"]["keep_layers"] == choice
+
+
 @pytest.mark.parametrize(
     ("content", "told"),
     [

@@ -275,6 +275,22 @@ def test_teacher_is_told_by_its_name_alone(finished_run: Path) -> None:
         assert "of 12 texts without a label too" in page
 
 
+def test_report_and_card_tell_how_layers_were_chosen(finished_run: Path) -> None:
+    from write_report import render
+
+    content = gather_report(finished_run, finished_run / "results/small/flips.json")
+    content["source"] |= {"layers": 4, "kept_layers": [0, 2, 3]}
+    templates = [finished_run / f"report/{name}.j2" for name in ("report.html", "card.md")]
+    for template in templates:
+        assert "chosen on" not in render(template, content)
+    label_kl = {"tail": 0.25, "greedy": 0.0625}
+    content["source"]["layers_choice"] = {"chosen": "greedy", "rows": 64, "label_kl": label_kl}
+    told = "; greedy chosen on 64 rows of validation by label KL against the whole base: tail 0.2500, greedy 0.0625"
+    page, card = (render(template, content) for template in templates)
+    assert f"cut before the training: 0, 2, 3{told}</td>" in page
+    assert f"(0, 2, 3), cut before the training{told}\n- Adapter: " in card
+
+
 def test_model_card_names_licence_language_and_numbers(finished_run: Path) -> None:
     card = (finished_run / "results/small/card.md").read_text(encoding="utf-8")
     header = yaml.safe_load(card.split("---")[1])
@@ -373,6 +389,10 @@ REBUILDS: dict[str, tuple[Callable[[Path], object], dict[str, int]]] = {
         edit_run("model", keep_layers=1),
         {"shrink_model": 1, "check_base": 1, "evaluate_base": 1, **FROM_TRAIN},
     ),
+    "model.keep_layers, chosen": (
+        edit_run("model", keep_layers={"count": 1, "choose": "auto"}),
+        {"measure_layers": 1, "shrink_model": 1, "check_base": 1, "evaluate_base": 1, **FROM_TRAIN},
+    ),
     "vocabulary.keep": (
         edit_run("vocabulary", keep="task"),
         {"trim_vocabulary": 1, "tokenize_trimmed": 1, "evaluate_trimmed": 1, **FROM_CONVERT},
@@ -454,6 +474,33 @@ def test_teacher_is_asked_once(checkout: Path) -> None:
         assert planned(checkout, *target) == asked_anew, file
         (checkout / file).write_bytes(before)
     assert planned(checkout, *target) == {}
+
+
+def test_layers_are_chosen_anew_for_another_count(checkout: Path) -> None:
+    edit_config(lambda c: c.update(pathvars={"results": "results/cut"}), "runs/small.yaml")(
+        checkout
+    )
+    edit_run("model", keep_layers={"count": 1, "choose": "auto"})(checkout)
+    target = (*SMALL, "--", "results/cut/base")
+    result = run_snakemake(checkout, *target)
+    assert result.returncode == 0, result.stdout[-3000:]
+    choice = json.loads((checkout / "results/cut/layers.json").read_text())
+    source = json.loads((checkout / "results/cut/base/source.json").read_text())
+    assert source["kept_layers"] == choice[choice["chosen"]]["kept"]
+    assert planned(checkout, *target) == {}
+    touch_everything(checkout)
+    assert planned(checkout, *target) == {}
+    edit_run("train", rank=4)(checkout)
+    assert planned(checkout, *target) == {}
+    edit_run("model", keep_layers={"count": 2, "choose": "auto"})(checkout)
+    assert planned(checkout, *target) == {"measure_layers": 1, "shrink_model": 1}
+    edit_run("model", keep_layers=1)(checkout)
+    assert planned(checkout, *target) == {"shrink_model": 1}
+    edit_run("model", keep_layers={"count": 99, "choose": "auto"})(checkout)
+    result = run_snakemake(checkout, *target)
+    lines = {line for line in result.stdout.splitlines() if line.startswith("error: ")}
+    assert len(lines) == 1 and "model.keep_layers 99: the model has " in lines.pop()
+    assert not list((checkout / "results/cut").rglob("*.partial"))
 
 
 def test_teacher_that_is_this_run_is_refused(checkout: Path) -> None:

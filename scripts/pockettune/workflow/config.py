@@ -172,7 +172,7 @@ def _spell_alike(value: Any, schema: dict[str, Any]) -> Any:
         }
     types = schema.get("type")
     types = {types} if isinstance(types, str) else set(types or ())
-    is_number = bool(types) and types <= {"number", "integer", "null"}
+    is_number = bool(types & {"number", "integer"}) and "string" not in types
     return int(value) if is_number and isinstance(value, float) and value.is_integer() else value
 
 
