@@ -41,6 +41,7 @@ if KEEP_LAYERS:
             "<results>/logs/shrink_model.log",
         benchmark:
             "<results>/benchmarks/shrink_model.tsv"
+        priority: 1
         conda:
             "../envs/train.yaml"
         resources:
@@ -66,6 +67,7 @@ rule check_base:
         "<results>/logs/check_base.log",
     benchmark:
         "<results>/benchmarks/check_base.tsv"
+    priority: 1
     conda:
         "../envs/llama_cpp.yaml"
     threads: 4
@@ -82,13 +84,13 @@ rule check_base:
 
 if TEACHER:
 
-    # Once: neither its temperature nor its weight asks the teacher anew.
+    # Once: neither its temperature, nor its weight, nor the layers that the student keeps ask the teacher
+    # anew. So it waits for no check of the student; check_base goes before it where both could start.
     rule score_teacher:
         input:
             **program("score_teacher"),
-            **folder("base", BASE_MODEL),
+            **folder("base", FETCHED_MODEL),
             **folder("tokens", "<results>/tokens"),
-            check="<results>/base_check.json",
             teacher=deciding_files(TEACHER_MODEL),
             splits=expand(
                 "<results>/dataset/{split}.jsonl",

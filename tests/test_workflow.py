@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from conftest import SMALL, run_snakemake
+from small_run import copy_as_teacher
 
 AFTER_EVALUATION = {"compare": 1, "choose": 1, "report": 1, "all": 1}
 COMPARED_WITH_F16 = {"evaluate_f16": 1, "evaluate_adapter": 1, "evaluate_merged": 1, "evaluate_variant": 2}  # fmt: skip
@@ -372,10 +373,7 @@ def bring_adapter(folder: Path) -> None:
 
 def bring_teacher(folder: Path) -> None:
     """Learn from a copy of the run's own model as if another run had made it."""
-    for name in ("merged", "tokens"):
-        shutil.copytree(folder / "results/small" / name, folder / "results/large" / name, dirs_exist_ok=True)  # fmt: skip
-    shutil.copyfile(folder / "results/small/merged.sha256", folder / "results/large/merged.sha256")
-    edit_run("train", teacher={"path": "results/large"})(folder)
+    edit_run("train", teacher={"path": copy_as_teacher(folder)})(folder)
 
 
 REBUILDS: dict[str, tuple[Callable[[Path], object], dict[str, int]]] = {
@@ -393,6 +391,9 @@ REBUILDS: dict[str, tuple[Callable[[Path], object], dict[str, int]]] = {
         edit_run("model", keep_layers={"count": 1, "choose": "auto"}),
         {"measure_layers": 1, "shrink_model": 1, "check_base": 1, "evaluate_base": 1, **FROM_TRAIN},
     ),
+    "model.keep_layers, a list": (edit_run("model", keep_layers=[1]),
+                                  {"shrink_model": 1, "check_base": 1, "evaluate_base": 1, **FROM_TRAIN}),
+    "choose.memory_mb": (edit_run("choose", memory_mb=4000), {"choose": 1, "report": 1, "all": 1}),
     "vocabulary.keep": (
         edit_run("vocabulary", keep="task"),
         {"trim_vocabulary": 1, "tokenize_trimmed": 1, "evaluate_trimmed": 1, **FROM_CONVERT},
@@ -417,6 +418,7 @@ REBUILDS: dict[str, tuple[Callable[[Path], object], dict[str, int]]] = {
                                   {"measure_importance": 1, **ONE_VARIANT}),
     "a type by pattern": (edit_run("quantize", q8_0={"type": "Q8_0", "tensors": {"ffn_up": "Q6_K"}}), ONE_VARIANT),
     "one variant's recipe": (edit_run("quantize", q8_0={"type": "Q6_K"}), ONE_VARIANT),
+    "pure of one variant": (edit_run("quantize", q4_k_m={"type": "Q4_K_M", "pure": True}), ONE_VARIANT),
     "card.license": (edit_run("card", license="cc-by-4.0"), FROM_CONVERT),
     "train.learning_rate": (edit_run("train", learning_rate=1e-3), FROM_TRAIN),
     "train.adapter": (bring_adapter, {"check_base": 1, "import_adapter": 1, **FROM_MERGE}),
@@ -463,11 +465,24 @@ def test_teacher_is_asked_once(checkout: Path) -> None:
     assert planned(checkout, *target) == {}
     touch_everything(checkout)
     assert planned(checkout, *target) == {}
+    changed: dict[str, Any]
     for changed in ({"temperature": 3.0}, {"weight": 0.5}):
         edit_run("train", teacher=teacher | changed)(checkout)
         assert planned(checkout, *target) == {"train": 1, "merge": 1}
     edit_run("train", teacher=teacher)(checkout)
+    edit_run("model", keep_layers=1)(checkout)
+    assert planned(checkout, *target) == {
+        "shrink_model": 1,
+        "check_base": 1,
+        "train": 1,
+        "merge": 1,
+    }
+    edit_run("model", keep_layers=None)(checkout)
     asked_anew = {"score_teacher": 1, "train": 1, "merge": 1}
+    for changed in ({"path": "data/base"}, {"unlabelled_texts": None}):
+        edit_run("train", teacher=teacher | changed)(checkout)
+        assert planned(checkout, *target) == asked_anew, changed
+    edit_run("train", teacher=teacher)(checkout)
     for file in ("data/more.txt", "results/large/merged.sha256"):
         before = (checkout / file).read_bytes()
         append(file, "x\n")(checkout)
@@ -503,11 +518,17 @@ def test_layers_are_chosen_anew_for_another_count(checkout: Path) -> None:
     assert not list((checkout / "results/cut").rglob("*.partial"))
 
 
-def test_teacher_that_is_this_run_is_refused(checkout: Path) -> None:
-    edit_run("train", teacher={"path": "results/small"})(checkout)
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [("results/small", "is of this run itself"), ("results/half", "is no finished run (merged or f16.gguf in it)")],
+)  # fmt: skip
+def test_teacher_that_cannot_be_is_refused(path: str, told: str, checkout: Path) -> None:
+    (checkout / "results/half/tokens").mkdir(parents=True, exist_ok=True)
+    edit_run("train", teacher={"path": path})(checkout)
     result = run_snakemake(checkout, "--dry-run", *SMALL)
     assert result.returncode == 2 and "Traceback" not in result.stdout
-    assert "train.teacher.path results/small is of this run itself" in result.stdout
+    assert result.stdout.startswith(f"error: config: train.teacher.path {path} {told}")
+    assert result.stdout.count("\n") == 1
 
 
 def test_checksum_of_a_model_is_no_reason_to_rerun(checkout: Path, tmp_path: Path) -> None:

@@ -237,6 +237,9 @@ def _contradictions(config: Config) -> Iterator[str]:
             "model.chat_template is for a .gguf file of model.path alone; a model's folder holds"
             " its own, chat_template.jinja"
         )
+    kept = config["model"].get("keep_layers")
+    if isinstance(kept, list) and kept != sorted(set(kept)):
+        yield f"model.keep_layers is {kept}: give each layer once, ascending"
     train = config["train"]
     if config["evaluate"]["split"] == "validation" and train["eval_every"] and not train["adapter"]:
         yield (
