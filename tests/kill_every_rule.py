@@ -5,7 +5,7 @@ often enough is let run for a random share of its usual time, then everything di
 the machine loses power. After every kill the plan must hold just the jobs that had not finished.
 At the end the run is let finish, and what it made is compared with an undisturbed run's. Then the same
 with the rules that it does not need, in the same folders: on fewer layers, with the run itself as
-teacher, with importance.
+teacher, with importance, with a trimmed vocabulary.
 
     python tests/kill_every_rule.py --rounds 3
 """
@@ -28,7 +28,7 @@ from conftest import CONVERTER, SMALL, copy_checkout, kill_session, run_snakemak
 from small_run import copy_as_teacher
 
 # The rules that the small run does not need, up to the last of them.
-MORE = ("runs/more.yaml", "--", "results/small/importance.gguf")
+MORE = ("runs/more.yaml", "--", "results/small/importance.gguf", "results/small/trimmed_tokens")
 
 JOB = re.compile(r"^(?:local)?rule (\w+):\n((?: +.*\n)+)", re.MULTILINE)
 
@@ -171,8 +171,9 @@ def ask_for_more(folder: Path) -> None:
     """Write runs/more.yaml into a checkout with a finished run: what changes with it are the rules of MORE."""
     teacher = copy_as_teacher(folder)
     run = {
-        "model": {"keep_layers": 1},
+        "model": {"keep_layers": {"count": 1, "choose": "auto"}},
         "train": {"teacher": {"path": teacher}, "epochs": 0.2, "eval_every": None},
+        "vocabulary": {"keep": "task"},
         "quantize": {"q4_0": {"type": "Q4_0", "importance": True}},
     }
     (folder / "runs/more.yaml").write_text(yaml.safe_dump(run))

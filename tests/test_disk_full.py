@@ -259,6 +259,14 @@ def scoring_options(model: Path, folder: Path) -> list[str | Path]:
             "--tokens", folder / "tokens", "--splits", *splits.values(), "--texts", texts]  # fmt: skip
 
 
+def trimming_options(model: Path, folder: Path) -> list[str | Path]:
+    """Write a dataset and its tokens; return the options of trim_vocabulary.py."""
+    scoring_options(model, folder)
+    settings = {**SETTINGS, "vocabulary": {"keep": "task", "scripts": [], "frequent": 0}}
+    splits = [x for split in ("train", "test") for x in (f"--{split}", folder / f"{split}.jsonl")]
+    return ["--settings", json.dumps(settings), "--model", model, "--tokens", folder / "tokens", *splits]  # fmt: skip
+
+
 def choosing_options(sources: Path, folder: Path) -> list[str | Path]:
     """Write what choose_file.py and write_leaderboard.py read of one file; return the former's options."""
     stage = {"size_bytes": 1, "accuracy": 0.9, "interval": [0.8, 1.0], "n": 9, "stored": {},
@@ -286,6 +294,7 @@ def leaderboard_options(sources: Path, folder: Path) -> list[str | Path]:
 BESIDES = {
     "score_teacher.py": ["teacher", "teacher.sha256"],
     "measure_importance.py": ["importance.gguf"],
+    "trim_vocabulary.py": ["trimmed", "trimmed.sha256", "vocabulary.json"],
     "choose_file.py": ["best.gguf", "best.json"],
     "write_leaderboard.py": ["leaderboard.csv", "leaderboard.html"],
 }
@@ -301,6 +310,9 @@ def test_what_not_every_run_makes(
         "measure_importance.py": lambda: [
             "--model", sources / "merged", "--tokens", write_tokens(tmp_path / "tokens"),
             "--threads", "1", "--output", outputs[0],
+        ],
+        "trim_vocabulary.py": lambda: [
+            *trimming_options(tiny_model, tmp_path), "--output", outputs[0], "--vocabulary", outputs[2],
         ],
         "choose_file.py": lambda: [
             *choosing_options(sources, tmp_path), "--gguf", outputs[0], "--json", outputs[1],
