@@ -282,6 +282,7 @@ JOBS = [
     "fetch_dataset",
     "tokenize",
     *(["shrink_model"] if KEEP_LAYERS else []),
+    *(["check_vocabulary"] if TRIM else []),
     "check_base",
     *(["score_teacher"] if TEACHER else []),
     "import_adapter" if OWN_ADAPTER else "train",

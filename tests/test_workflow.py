@@ -375,7 +375,7 @@ REBUILDS: dict[str, tuple[Callable[[Path], object], dict[str, int]]] = {
     ),
     "vocabulary.keep": (
         edit_run("vocabulary", keep="task"),
-        {"trim_vocabulary": 1, "tokenize_trimmed": 1, "evaluate_trimmed": 1, **FROM_CONVERT},
+        {"check_vocabulary": 1, "trim_vocabulary": 1, "tokenize_trimmed": 1, "evaluate_trimmed": 1, **FROM_CONVERT},
     ),
     "vocabulary.scripts, idle beside full": (edit_run("vocabulary", scripts=["han"]), {}),
     "model.name, idle beside a path": (edit_run("model", name="a/b"), {}),
