@@ -32,9 +32,9 @@ if TRIM:
     rule trim_vocabulary:
         input:
             **program("trim_vocabulary"),
-            check="<results>/vocabulary_check.json",
             **folder("model", "<results>/merged"),
             **folder("tokens", "<results>/tokens"),
+            check="<results>/vocabulary_check.json",
             train="<results>/dataset/train.jsonl",
             test="<results>/dataset/test.jsonl",
         output:

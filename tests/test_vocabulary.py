@@ -327,11 +327,6 @@ def test_what_cannot_be_trimmed_is_refused_before_the_training(made: Path, tmp_p
     save_file(tensors | rows, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"model\.bias_a_token of .* has a row for each token"):
         check_vocabulary(sections, base, trimmed.tokens, trimmed.records["train"], output)
-    # Its prompts were encoded by another tokenizer.
-    edit_json(base / "tokenizer.json", normalizer={"type": "Lowercase"})
-    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match="prompts of train have other tokens"):
-        check_vocabulary(sections, base, trimmed.tokens, trimmed.records["train"], output)
     assert not [*output.parent.iterdir()]
 
 
@@ -376,7 +371,7 @@ def test_bytes_that_the_whole_vocabulary_lacks_are_no_reason_to_refuse(
     small: dict[str, Any],
 ) -> None:
     """SmolLM2, Falcon, GPT-NeoX and StarCoder have none for some that UTF-8 or their texts do not hold."""
-    rows, absent = len(small["model"]["vocab"]), [*ByteLevel.alphabet()][-1]
+    rows, absent = len(small["model"]["vocab"]), "ÿ"  # the byte 255
     del small["model"]["vocab"][absent]
     vocabulary = Vocabulary(small, "small")
     assert len(vocabulary.bytes) == 255
