@@ -7,7 +7,7 @@ if TRIM:
     rule check_vocabulary:
         input:
             **program("check_vocabulary"),
-            **folder("base", BASE_MODEL),
+            **folder("base", FETCHED_MODEL),
             **folder("tokens", "<results>/tokens"),
             train="<results>/dataset/train.jsonl",
         output:
