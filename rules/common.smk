@@ -105,6 +105,9 @@ STAGES = [
     *["f16", *VARIANTS],
 ]
 SPLIT = config["evaluate"]["split"]
+# English stands in templates and programs.
+LANGUAGE = config["report"]["language"]
+SENTENCES = [] if LANGUAGE == "en" else f"report/{LANGUAGE}.json"
 RESULTS = config.get("pathvars", {}).get("results", "results")
 TEACHER = config["train"].get("teacher") or {}
 with mistakes_in_one_line():
