@@ -141,7 +141,9 @@ def write_verdict(
     weight = (
         words("That is the chosen file, {file}: {size} instead of {full}, {changed}.", **told)
         if chosen
-        else words("That is the smallest file, {file}: {size} instead of {full}, {changed}.", **told)
+        else words(
+            "That is the smallest file, {file}: {size} instead of {full}, {changed}.", **told
+        )
     )
     claim = say(choice["files"][name]["verdict"], words)
     return words(" ").join(
