@@ -1,6 +1,6 @@
 """Put a GGUF file together with all that a phone or a chat program needs to ask it rightly.
 
-Input   a GGUF file, its predictions, the rows they are of, the folders of base model and tokens,
+Input   a GGUF file, its predictions, the rows they are of, the folders of its model and its tokens,
         metrics.json, card.md; best.json where the file is the chosen one
 Output  a folder: model.gguf, task.json, conformance.jsonl (rows that show whether a program answers as
         was scored), Modelfile, labels.gbnf, llama-server.ini, README.md, card.md, LICENSE.txt, SHA256SUMS
@@ -36,6 +36,9 @@ from pockettune.runtimes.llama import LlamaModel
 from pockettune.tasks import Task, load_task
 
 MODEL = "model.gguf"
+LICENCE = """The model is made of a base model under this licence: {}
+Its text: https://spdx.org/licenses/, and beside the base model that card.md names.
+"""
 SPARE = 4  # tokens beyond the longest answer, should it be written in others
 
 
@@ -43,7 +46,7 @@ def make_bundle(a: argparse.Namespace) -> None:
     """Write the folder `a.output`."""
     settings = a.settings
     task = load_task(settings["task"], settings["dataset"])
-    tokenizer = load_tokenizer(a.base)
+    tokenizer = load_tokenizer(a.model)
     frame = find_frame(tokenizer, task)
     answers = program.read_json(a.tokens / "answers.json")
     stop = program.read_json(a.tokens / "chat.json")["end"]
@@ -74,7 +77,7 @@ def make_bundle(a: argparse.Namespace) -> None:
             "llama-server.ini": write_preset(MODEL, max_tokens, context),
             "README.md": write_page(a.page, told, rows, a.output),
             "card.md": a.card.read_text(encoding="utf-8"),
-            "LICENSE.txt": licence(a.base, settings["card"]["license"]),
+            "LICENSE.txt": LICENCE.format(settings["card"]["license"]),
         }
         for file, text in texts.items():
             (folder / file).write_text(text, encoding="utf-8")
@@ -151,16 +154,6 @@ def describe_trust(stage: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def licence(base: Path, name: str) -> str:
-    """Return the text of the base model's licence where it lies in its folder, else its name."""
-    for path in sorted(base.glob("LICENSE*")):
-        return path.read_text(encoding="utf-8")
-    return (
-        f"The model is made of a base model under this licence: {name}\n"
-        f"Its text: https://spdx.org/licenses/, and in the base model's repository.\n"
-    )
-
-
 def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write a line of JSON for each row."""
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
@@ -179,7 +172,7 @@ def main() -> None:
         "--settings", type=json.loads, required=True,
         help="sections task, dataset, tokenize, card, bundle; evaluate.split",
     )  # fmt: skip
-    parser.add_argument("--base", type=Path, required=True, help="base model's folder")
+    parser.add_argument("--model", type=Path, required=True, help="folder the file was made of")
     parser.add_argument("--tokens", type=Path, required=True, help="folder of tokenize_dataset.py")
     parser.add_argument("--records", type=Path, required=True, help="rows that were evaluated")
     parser.add_argument("--gguf", type=Path, required=True, help="file to bundle")

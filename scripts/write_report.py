@@ -1,6 +1,6 @@
 """Render one self-contained page, and a model card, from what the other programs wrote.
 
-Input   metrics.json, flips.json, parity.json, audit.json, speed of each file, tokens/, adapter/, the
+Input   metrics.json, flips.json, parity.json, audit.json, speed of each file, the files' tokens/, adapter/, the
         base model's folder, benchmark files
 Output  report.html: works offline, no script, nothing loaded from anywhere
         card.md: the model card for a hub, with the same numbers
@@ -33,6 +33,8 @@ def gather(arguments: argparse.Namespace) -> dict[str, Any]:
     training = program.read_json(arguments.adapter / "training.json")
     if "imported_from" in training:
         training["imported_from"] = last_part(training["imported_from"])
+    if training.get("teacher"):
+        training["teacher"] = name_teacher(training["teacher"])
     source = program.read_json(arguments.base / "source.json")
     if settings["model"]["path"]:  # else it is owner/name@revision
         source["origin"] = last_part(source["origin"])
@@ -61,6 +63,7 @@ def gather(arguments: argparse.Namespace) -> dict[str, Any]:
         "training": training,
         "audit": audit,
         "tokens": program.read_json(arguments.tokens / "statistics.json"),
+        "vocabulary": program.read_json(arguments.vocabulary) if arguments.vocabulary else None,
         "chat": program.read_json(arguments.tokens / "chat.json"),
         "jobs": read_benchmarks(arguments.benchmarks),
         "source": source,
@@ -80,7 +83,14 @@ def without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
         dataset["files"] = {split: last_part(path) for split, path in dataset["files"].items()}
     if train["adapter"]:
         train["adapter"] = last_part(train["adapter"])
+    if train.get("teacher"):
+        train["teacher"] = name_teacher(train["teacher"])
     return {**settings, "model": model, "dataset": dataset, "train": train}
+
+
+def name_teacher(teacher: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the section train.teacher with the names of its files alone."""
+    return {k: last_part(v) if isinstance(v, str) else v for k, v in teacher.items()}
 
 
 def last_part(path: str) -> str:
@@ -208,6 +218,7 @@ def main() -> None:
     parser.add_argument("--parity", type=Path, required=True, help="parity.json")
     parser.add_argument("--speed", type=Path, nargs="+", required=True)
     parser.add_argument("--audit", type=Path, required=True, help="audit.json")
+    parser.add_argument("--vocabulary", type=Path, nargs="?", help="of a trimmed model")
     parser.add_argument("--tokens", type=Path, required=True, help="folder of tokenize_dataset.py")
     parser.add_argument("--adapter", type=Path, required=True, help="folder of train_adapter.py")
     parser.add_argument("--base", type=Path, required=True, help="folder of fetch_model.py")

@@ -98,6 +98,38 @@ def test_f16_file_answers_as_the_merged_model(finished_run: Path) -> None:
     assert changed > 0.001, "a quantized file that computes the same was not quantized"
 
 
+def test_trimmed_vocabulary_answers_alike(finished_run: Path, tmp_path: Path) -> None:
+    """From the finished run's merged model on, in a copy of it."""
+    folder = tmp_path / "copy"
+    shutil.copytree(finished_run, folder, ignore=shutil.ignore_patterns("downloads"))
+    edit_run("vocabulary", keep="task")(folder)
+    targets = [
+        f"results/small/{name}"
+        for name in ("metrics/trimmed.json", "metrics/merged.json", "parity.json")
+    ]
+    result = run_snakemake(folder, *SMALL, "--", *targets)
+    assert result.returncode == 0, result.stdout[-3000:]
+    results = folder / "results/small"
+    told = json.loads((results / "vocabulary.json").read_text())
+    assert len(told["kept"]) == 512 and told["of"] == 640
+    assert told["tokens_a_text"]["test"]["before"] == told["tokens_a_text"]["test"]["after"]
+    merged, trimmed = (
+        pd.read_parquet(results / f"predictions/{s}.parquet") for s in ("merged", "trimmed")
+    )
+    assert (merged["prediction"] == trimmed["prediction"]).all()
+    ours, theirs = (t.filter(like="log_probability_").to_numpy() for t in (merged, trimmed))
+    # A softmax over fewer words adds the same to each label's log probability.
+    assert np.abs((ours - theirs) - (ours - theirs)[:, :1]).max() < 1e-4
+    metrics = {
+        s: json.loads((results / f"metrics/{s}.json").read_text()) for s in ("merged", "trimmed")
+    }
+    assert max(entry["kl_vocabulary"]["mean"] for entry in metrics.values()) < 1e-4
+    before = finished_run / "results/small/f16.gguf"
+    assert before.stat().st_size - (results / "f16.gguf").stat().st_size > 128 * 256 * 2
+    checks = json.loads((results / "parity.json").read_text())["checks"]
+    assert "the base's 640" in next(c["detail"] for c in checks if c["name"] == "vocabulary")
+
+
 def test_report_is_one_file_and_loads_nothing(finished_run: Path) -> None:
     page = (finished_run / "results/small/report.html").read_text(encoding="utf-8")
     assert "Small run" in re.search(r"<h1>(.*?)</h1>", page)[1]  # type: ignore[index]
@@ -158,6 +190,7 @@ def gather_report(finished_run: Path, flips: Path, **sections: Any) -> dict[str,
             audit=results / "dataset/audit.json",
             tokens=results / "tokens",
             adapter=results / "adapter",
+            vocabulary=None,
             base=next((finished_run / "resources/models").glob("base@*/")),
             benchmarks=sorted((results / "benchmarks").glob("*.tsv")),
         )
@@ -217,6 +250,29 @@ def test_report_and_card_tell_what_was_left_out_and_seen_elsewhere(finished_run:
     assert "<td>7</td><td>11</td>" in page
     assert "7 of the test rows stand in validation" in card
     assert "4 unusable rows of train were left out" in card
+
+
+def test_teacher_is_told_by_its_name_alone(finished_run: Path) -> None:
+    from write_report import render
+
+    folder = finished_run / "results/small"
+    content = gather_report(finished_run, folder / "flips.json")
+    templates = [finished_run / f"report/{name}.j2" for name in ("report.html", "card.md")]
+    assert not any("its teacher" in render(template, content) for template in templates)
+    told = {"path": "/home/li/runs/large", "weight": 0.7, "temperature": 2.0, "unlabelled_texts": "/data/t.txt"}  # fmt: skip
+    train = {**content["config"]["train"], "teacher": told}
+    content = gather_report(finished_run, folder / "flips.json", train=train)
+    assert content["config"]["train"]["teacher"]["path"] == "large"
+    content["training"] |= {
+        "teacher": content["config"]["train"]["teacher"],
+        "unlabelled_examples": 12,
+    }
+    for template in templates:
+        page = render(template, content)
+        assert "/home/li" not in page and "its teacher, large, finds" in page.replace("\n", " "), (
+            template
+        )
+        assert "of 12 texts without a label too" in page
 
 
 def test_model_card_names_licence_language_and_numbers(finished_run: Path) -> None:
@@ -317,6 +373,11 @@ REBUILDS: dict[str, tuple[Callable[[Path], object], dict[str, int]]] = {
         edit_run("model", keep_layers=1),
         {"shrink_model": 1, "check_base": 1, "evaluate_base": 1, **FROM_TRAIN},
     ),
+    "vocabulary.keep": (
+        edit_run("vocabulary", keep="task"),
+        {"trim_vocabulary": 1, "tokenize_trimmed": 1, "evaluate_trimmed": 1, **FROM_CONVERT},
+    ),
+    "vocabulary.scripts, idle beside full": (edit_run("vocabulary", scripts=["han"]), {}),
     "model.name, idle beside a path": (edit_run("model", name="a/b"), {}),
     "numbers spelled another way": (edit_run("train", alpha=16.0, batch_size=32.0, epochs=2.0), {}),
     "a default spelled out": (edit_run("quantize", q8_0={"type": "Q8_0", "pure": False, "importance": False, "tensors": {}}), {}),

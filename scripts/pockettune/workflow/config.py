@@ -106,6 +106,8 @@ def drop_idle(config: Config) -> None:
         train.update(eval_limit=None, metric=None, patience=None)
     if train["teacher"] and train["teacher"]["weight"] == 0:
         train["teacher"] = None
+    if config["vocabulary"]["keep"] == "full":
+        config["vocabulary"] = {"keep": "full"}
     if train["adapter"]:
         config["train"] = {"adapter": train["adapter"]}
     if model["path"]:
