@@ -12,14 +12,14 @@ from pockettune.evaluation.conformance import NEAR, Reply, describe, judge, mess
 from stand_in import serve_file
 from test_bundle import bundle  # noqa: F401  # a fixture
 
-TASK = {
+TASK: dict[str, Any] = {
     "template": "task",
     "system": "助手",
     "parts": ["评论：", "\n情感："],
     "bos": "",
     "stop": "<end>",
 }
-ROWS = [
+ROWS: list[dict[str, Any]] = [
     {"id": f"test-{n}", "message": f"好{n}", "prompt": f"[助手|评论：好{n}\n情感：]", "prompt_ids": list(range(20)),
      "labels": {"负": {"ids": [1], "log_probability": -3.0}, "正": {"ids": [2], "log_probability": -0.1}}, "answer": "正"}
     for n in range(12)
@@ -86,7 +86,7 @@ def test_server_that_asks_rightly_passes() -> None:
 
 
 def test_near_labels_may_change_places() -> None:
-    labels = {
+    labels: dict[str, dict[str, Any]] = {
         "负": {"ids": [1], "log_probability": -0.9},
         "正": {"ids": [2], "log_probability": -0.9 + NEAR - 0.01},
     }

@@ -285,7 +285,8 @@ def test_model_card_names_licence_language_and_numbers(finished_run: Path) -> No
     assert "{text}" in card and "<|im_start|>assistant\\n" in card, (
         "the prompt as the model sees it"
     )
-    assert "llama-server" not in card and "the day" not in card
+    assert "llama-server --" not in card and "the day" not in card
+    assert "Send the text as the user's message and nothing else" in card
 
 
 def test_model_card_says_how_a_runtime_asks_alike(finished_run: Path) -> None:
@@ -294,6 +295,10 @@ def test_model_card_says_how_a_runtime_asks_alike(finished_run: Path) -> None:
     content = gather_report(finished_run, finished_run / "results/small/flips.json")
     options = {"enable_thinking": False, "date_string": "it's 26 Jul 2024"}
     content["chat"] |= {"options": options, "reads_clock": True}
+    assert "llama-server --" not in render(finished_run / "report/card.md.j2", content), (
+        "the task's template has them written in"
+    )
+    content["config"]["card"]["template"] = "base"
     card = render(finished_run / "report/card.md.j2", content)
     command = next(line for line in card.splitlines() if line.startswith("llama-server"))
     assert json.loads(shlex.split(command)[2]) == options
@@ -398,6 +403,8 @@ REBUILDS: dict[str, tuple[Callable[[Path], object], dict[str, int]]] = {
     "a type by pattern": (edit_run("quantize", q8_0={"type": "Q8_0", "tensors": {"ffn_up": "Q6_K"}}), ONE_VARIANT),
     "one variant's recipe": (edit_run("quantize", q8_0={"type": "Q6_K"}), ONE_VARIANT),
     "card.license": (edit_run("card", license="cc-by-4.0"), FROM_CONVERT),
+    "card.template": (edit_run("card", template="base"), FROM_CONVERT),
+    "bundle.file": (edit_run("bundle", file="q8_0"), {}),
     "train.learning_rate": (edit_run("train", learning_rate=1e-3), FROM_TRAIN),
     "train.adapter": (bring_adapter, {"check_base": 1, "import_adapter": 1, **FROM_MERGE}),
     "train.teacher": (bring_teacher, {"score_teacher": 1, **FROM_TRAIN}),
