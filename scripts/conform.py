@@ -96,7 +96,7 @@ def read_reply(reply: Mapping[str, Any], text: str) -> Reply:
         if "id" in entry:
             found[entry["id"]] = entry["logprob"]
     counted = (reply.get("usage") or {}).get("prompt_tokens")
-    return Reply(text, choice.get("finish_reason") != "length", counted or None, found)
+    return Reply(text, counted or None, found)
 
 
 def conform(bundle: Path, address: str, model: str | None, greedy: bool) -> None:
@@ -113,6 +113,10 @@ def conform(bundle: Path, address: str, model: str | None, greedy: bool) -> None
         raise UserError(
             f"{address} refuses {error.url.removeprefix(server.address)}: {error.code} {error.reason}: {words};"
             " see the server's log, or name the model by --model"
+        ) from error
+    except (LookupError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{address} does not answer as OpenAI's API does: {error!r} in its reply; give another --address"
         ) from error
     sentence = f"{address}: {describe(verdict, len(asked), told['stop'])}"
     if verdict.wrong:

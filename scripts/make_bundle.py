@@ -8,6 +8,7 @@ Output  a folder: model.gguf, task.json, conformance.jsonl (rows that show wheth
 
 import argparse
 import json
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -137,7 +138,12 @@ def write_page(
         "max_tokens": task["max_tokens"],
     }
     request = json.dumps(body, ensure_ascii=False, indent=2)
-    content = {"task": task, "rows": len(rows), "request": request, "folder": output}
+    content = {
+        "task": task,
+        "rows": len(rows),
+        "request": request,
+        "folder": shlex.quote(str(output)),
+    }
     return render_page(template, content, {})
 
 

@@ -1,7 +1,10 @@
 """conform: each way of asking wrongly is told by its name."""
 
+import json
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +61,7 @@ class Fake:
         if self.fault == "BOS":
             return Reply("负", prompt_tokens=21)
         if self.fault == "stop":
-            return Reply("正\n\n正 user", ended=False, prompt_tokens=20)
+            return Reply("正\n\n正 user", prompt_tokens=20)
         return Reply("正" if right else "我是助手", prompt_tokens=tokens)
 
 
@@ -107,13 +110,37 @@ def test_base_template_is_sent_system_and_prompt() -> None:
     assert messages_of(TASK, {"message": "好"}, spelled=True) == expected
 
 
-# --- a real model behind a real address ---
-
-
 def conform(bundle: Path, address: str, *options: str) -> tuple[int, str]:  # noqa: F811
     result = run_program("conform.py", "--bundle", bundle, "--address", address, *options)
     assert "Traceback" not in result.stdout
     return result.returncode, result.stdout.splitlines()[-1]
+
+
+class OtherApi(BaseHTTPRequestHandler):
+    """Answers with JSON that is not OpenAI's."""
+
+    def do_POST(self) -> None:  # http.server's name
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{"response": "yes"}')
+
+    do_GET = do_POST  # noqa: N815
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_address_of_another_api_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "task.json").write_text(json.dumps({**TASK, "max_tokens": 4}))
+    (tmp_path / "conformance.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    with ThreadingHTTPServer(("127.0.0.1", 0), OtherApi) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        code, line = conform(tmp_path, f"http://127.0.0.1:{server.server_address[1]}")
+        server.shutdown()
+    assert code == 2 and "does not answer as OpenAI's API does: KeyError('choices')" in line
+
+
+# --- a real model behind a real address ---
 
 
 def test_right_server(bundle: Path) -> None:  # noqa: F811

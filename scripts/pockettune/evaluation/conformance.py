@@ -39,7 +39,6 @@ class Reply:
     """What a server answered."""
 
     text: str
-    ended: bool = True  # and not cut at max_tokens
     prompt_tokens: int | None = None  # as the server counted them
     first: Mapping[int | str, float] = field(
         default_factory=dict
