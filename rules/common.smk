@@ -88,6 +88,7 @@ set_environment(config["hub"], PINS)
 OWN_ADAPTER = config["train"]["adapter"]
 GGUF_BASE = is_gguf(config["model"]["path"])
 KEEP_LAYERS = config["model"]["keep_layers"]
+CHOOSE_LAYERS = isinstance(KEEP_LAYERS, dict)
 VARIANTS = sorted(config["quantize"])
 # What every file is made of: the merged model, or what trim_vocabulary makes of it, with tokens of its own.
 TRIM = config["vocabulary"]["keep"] == "task"
@@ -131,6 +132,11 @@ def fetch_settings(wildcards):
         key: value for key, value in config["model"].items() if key != "keep_layers"
     }
     return json.dumps({"model": model}, sort_keys=True, ensure_ascii=False)
+
+
+def layers_to_keep(wildcards):
+    """Return how many layers are kept, or which, or that a measurement chooses them."""
+    return json.dumps(KEEP_LAYERS, sort_keys=True)
 
 
 def dataset_settings(wildcards):
@@ -291,6 +297,7 @@ def dataset_files():
 JOBS = [
     "fetch_dataset",
     "tokenize",
+    *(["measure_layers"] if CHOOSE_LAYERS else []),
     *(["shrink_model"] if KEEP_LAYERS else []),
     "check_base",
     *(["score_teacher"] if TEACHER else []),

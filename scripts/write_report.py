@@ -103,7 +103,7 @@ def render(template: Path, content: Mapping[str, Any]) -> str:
     filters: dict[str, Any] = {
         "percent": percent, "megabytes": megabytes, "duration": duration, "points": points,
         "scientific": scientific, "fenced": fenced, "quoted": quoted, "claim": say,
-        "why": say_why,
+        "why": say_why, "choice_of_layers": say_choice_of_layers,
     }  # fmt: skip
     return render_page(template, content, filters)
 
@@ -183,6 +183,15 @@ def points(share: float) -> str:
 
 def scientific(value: float | None) -> str:
     return "–" if value is None else f"{value:.1e}" if 0 < abs(value) < 0.001 else f"{value:.4f}"
+
+
+def say_choice_of_layers(choice: Mapping[str, Any]) -> str:
+    """Return by which measurement layers were chosen, out of the base's source.json."""
+    tail, greedy = (scientific(choice["label_kl"][way]) for way in ("tail", "greedy"))
+    return (
+        f"{choice['chosen']} chosen on {count(choice['rows'], 'row')} of validation by label KL against"
+        f" the whole base: tail {tail}, greedy {greedy}"
+    )
 
 
 def quoted(text: str) -> str:

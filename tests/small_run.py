@@ -68,6 +68,15 @@ def write_run(folder: Path) -> None:
     shutil.copytree(make_base(), folder / "data/base")
 
 
+def copy_as_teacher(folder: Path) -> str:
+    """Copy what the finished run knows, as if a larger one had made it; return that one's results."""
+    own, larger = folder / "results/small", folder / "results/large"
+    for name in ("merged", "tokens"):
+        shutil.copytree(own / name, larger / name, dirs_exist_ok=True)
+    shutil.copyfile(own / "merged.sha256", larger / "merged.sha256")
+    return "results/large"
+
+
 @functools.cache
 def make_base() -> Path:
     """Train the base model, once a process: 256 wide, so that K-quants are really used."""

@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from conftest import SMALL, run_snakemake
+from small_run import copy_as_teacher
 
 AFTER_EVALUATION = {"compare": 1, "choose": 1, "report": 1, "all": 1}
 COMPARED_WITH_F16 = {"evaluate_f16": 1, "evaluate_adapter": 1, "evaluate_merged": 1, "evaluate_variant": 2}  # fmt: skip
@@ -275,6 +276,22 @@ def test_teacher_is_told_by_its_name_alone(finished_run: Path) -> None:
         assert "of 12 texts without a label too" in page
 
 
+def test_report_and_card_tell_how_layers_were_chosen(finished_run: Path) -> None:
+    from write_report import render
+
+    content = gather_report(finished_run, finished_run / "results/small/flips.json")
+    content["source"] |= {"layers": 4, "kept_layers": [0, 2, 3]}
+    templates = [finished_run / f"report/{name}.j2" for name in ("report.html", "card.md")]
+    for template in templates:
+        assert "chosen on" not in render(template, content)
+    label_kl = {"tail": 0.25, "greedy": 0.0625}
+    content["source"]["layers_choice"] = {"chosen": "greedy", "rows": 64, "label_kl": label_kl}
+    told = "; greedy chosen on 64 rows of validation by label KL against the whole base: tail 0.2500, greedy 0.0625"
+    page, card = (render(template, content) for template in templates)
+    assert f"cut before the training: 0, 2, 3{told}</td>" in page
+    assert f"(0, 2, 3), cut before the training{told}\n- Adapter: " in card
+
+
 def test_model_card_names_licence_language_and_numbers(finished_run: Path) -> None:
     card = (finished_run / "results/small/card.md").read_text(encoding="utf-8")
     header = yaml.safe_load(card.split("---")[1])
@@ -361,10 +378,7 @@ def bring_adapter(folder: Path) -> None:
 
 def bring_teacher(folder: Path) -> None:
     """Learn from a copy of the run's own model as if another run had made it."""
-    for name in ("merged", "tokens"):
-        shutil.copytree(folder / "results/small" / name, folder / "results/large" / name, dirs_exist_ok=True)  # fmt: skip
-    shutil.copyfile(folder / "results/small/merged.sha256", folder / "results/large/merged.sha256")
-    edit_run("train", teacher={"path": "results/large"})(folder)
+    edit_run("train", teacher={"path": copy_as_teacher(folder)})(folder)
 
 
 REBUILDS: dict[str, tuple[Callable[[Path], object], dict[str, int]]] = {
@@ -378,6 +392,13 @@ REBUILDS: dict[str, tuple[Callable[[Path], object], dict[str, int]]] = {
         edit_run("model", keep_layers=1),
         {"shrink_model": 1, "check_base": 1, "evaluate_base": 1, **FROM_TRAIN},
     ),
+    "model.keep_layers, chosen": (
+        edit_run("model", keep_layers={"count": 1, "choose": "auto"}),
+        {"measure_layers": 1, "shrink_model": 1, "check_base": 1, "evaluate_base": 1, **FROM_TRAIN},
+    ),
+    "model.keep_layers, a list": (edit_run("model", keep_layers=[1]),
+                                  {"shrink_model": 1, "check_base": 1, "evaluate_base": 1, **FROM_TRAIN}),
+    "choose.memory_mb": (edit_run("choose", memory_mb=4000), {"choose": 1, "report": 1, "all": 1}),
     "vocabulary.keep": (
         edit_run("vocabulary", keep="task"),
         {"trim_vocabulary": 1, "tokenize_trimmed": 1, "evaluate_trimmed": 1, **FROM_CONVERT},
@@ -402,6 +423,7 @@ REBUILDS: dict[str, tuple[Callable[[Path], object], dict[str, int]]] = {
                                   {"measure_importance": 1, **ONE_VARIANT}),
     "a type by pattern": (edit_run("quantize", q8_0={"type": "Q8_0", "tensors": {"ffn_up": "Q6_K"}}), ONE_VARIANT),
     "one variant's recipe": (edit_run("quantize", q8_0={"type": "Q6_K"}), ONE_VARIANT),
+    "pure of one variant": (edit_run("quantize", q4_k_m={"type": "Q4_K_M", "pure": True}), ONE_VARIANT),
     "card.license": (edit_run("card", license="cc-by-4.0"), FROM_CONVERT),
     "card.template": (edit_run("card", template="base"), FROM_CONVERT),
     "bundle.file": (edit_run("bundle", file="q8_0"), {}),
@@ -450,11 +472,24 @@ def test_teacher_is_asked_once(checkout: Path) -> None:
     assert planned(checkout, *target) == {}
     touch_everything(checkout)
     assert planned(checkout, *target) == {}
+    changed: dict[str, Any]
     for changed in ({"temperature": 3.0}, {"weight": 0.5}):
         edit_run("train", teacher=teacher | changed)(checkout)
         assert planned(checkout, *target) == {"train": 1, "merge": 1}
     edit_run("train", teacher=teacher)(checkout)
+    edit_run("model", keep_layers=1)(checkout)
+    assert planned(checkout, *target) == {
+        "shrink_model": 1,
+        "check_base": 1,
+        "train": 1,
+        "merge": 1,
+    }
+    edit_run("model", keep_layers=None)(checkout)
     asked_anew = {"score_teacher": 1, "train": 1, "merge": 1}
+    for changed in ({"path": "data/base"}, {"unlabelled_texts": None}):
+        edit_run("train", teacher=teacher | changed)(checkout)
+        assert planned(checkout, *target) == asked_anew, changed
+    edit_run("train", teacher=teacher)(checkout)
     for file in ("data/more.txt", "results/large/merged.sha256"):
         before = (checkout / file).read_bytes()
         append(file, "x\n")(checkout)
@@ -463,11 +498,44 @@ def test_teacher_is_asked_once(checkout: Path) -> None:
     assert planned(checkout, *target) == {}
 
 
-def test_teacher_that_is_this_run_is_refused(checkout: Path) -> None:
-    edit_run("train", teacher={"path": "results/small"})(checkout)
+def test_layers_are_chosen_anew_for_another_count(checkout: Path) -> None:
+    edit_config(lambda c: c.update(pathvars={"results": "results/cut"}), "runs/small.yaml")(
+        checkout
+    )
+    edit_run("model", keep_layers={"count": 1, "choose": "auto"})(checkout)
+    target = (*SMALL, "--", "results/cut/base")
+    result = run_snakemake(checkout, *target)
+    assert result.returncode == 0, result.stdout[-3000:]
+    choice = json.loads((checkout / "results/cut/layers.json").read_text())
+    source = json.loads((checkout / "results/cut/base/source.json").read_text())
+    assert source["kept_layers"] == choice[choice["chosen"]]["kept"]
+    assert planned(checkout, *target) == {}
+    touch_everything(checkout)
+    assert planned(checkout, *target) == {}
+    edit_run("train", rank=4)(checkout)
+    assert planned(checkout, *target) == {}
+    edit_run("model", keep_layers={"count": 2, "choose": "auto"})(checkout)
+    assert planned(checkout, *target) == {"measure_layers": 1, "shrink_model": 1}
+    edit_run("model", keep_layers=1)(checkout)
+    assert planned(checkout, *target) == {"shrink_model": 1}
+    edit_run("model", keep_layers={"count": 99, "choose": "auto"})(checkout)
+    result = run_snakemake(checkout, *target)
+    lines = {line for line in result.stdout.splitlines() if line.startswith("error: ")}
+    assert len(lines) == 1 and "model.keep_layers 99: the model has " in lines.pop()
+    assert not list((checkout / "results/cut").rglob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [("results/small", "is of this run itself"), ("results/half", "is no finished run (merged or f16.gguf in it)")],
+)  # fmt: skip
+def test_teacher_that_cannot_be_is_refused(path: str, told: str, checkout: Path) -> None:
+    (checkout / "results/half/tokens").mkdir(parents=True, exist_ok=True)
+    edit_run("train", teacher={"path": path})(checkout)
     result = run_snakemake(checkout, "--dry-run", *SMALL)
     assert result.returncode == 2 and "Traceback" not in result.stdout
-    assert "train.teacher.path results/small is of this run itself" in result.stdout
+    assert result.stdout.startswith(f"error: config: train.teacher.path {path} {told}")
+    assert result.stdout.count("\n") == 1
 
 
 def test_checksum_of_a_model_is_no_reason_to_rerun(checkout: Path, tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ def _spell_alike(value: Any, schema: dict[str, Any]) -> Any:
         }
     types = schema.get("type")
     types = {types} if isinstance(types, str) else set(types or ())
-    is_number = bool(types) and types <= {"number", "integer", "null"}
+    is_number = bool(types & {"number", "integer"}) and "string" not in types
     return int(value) if is_number and isinstance(value, float) and value.is_integer() else value
 
 
@@ -237,6 +237,9 @@ def _contradictions(config: Config) -> Iterator[str]:
             "model.chat_template is for a .gguf file of model.path alone; a model's folder holds"
             " its own, chat_template.jinja"
         )
+    kept = config["model"].get("keep_layers")
+    if isinstance(kept, list) and kept != sorted(set(kept)):
+        yield f"model.keep_layers is {kept}: give each layer once, ascending"
     train = config["train"]
     if config["evaluate"]["split"] == "validation" and train["eval_every"] and not train["adapter"]:
         yield (
