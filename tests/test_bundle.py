@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import yaml
 
-from conftest import SMALL, run_snakemake
+from conftest import run_snakemake
 from pockettune.common.checksums import sha256
 from pockettune.data.chat import render_chat
 from pockettune.data.serving import go_string, write_grammar, write_modelfile
@@ -22,16 +22,6 @@ from pockettune.gguf.files import read_gguf
 from pockettune.models.folder import load_tokenizer
 from pockettune.runtimes.llama import LlamaModel
 from stand_in import serve_file
-from test_workflow import checkout, edit_run, planned  # noqa: F401  # checkout is a fixture
-
-TARGET = (*SMALL, "--", "results/small/bundle")
-
-
-@pytest.fixture(scope="session")
-def bundle(finished_run: Path) -> Path:
-    result = run_snakemake(finished_run, *TARGET)
-    assert result.returncode == 0, result.stdout[-3000:]
-    return finished_run / "results/small/bundle"
 
 
 def read_rows(bundle: Path) -> list[dict[str, Any]]:
@@ -193,27 +183,6 @@ def test_snippets_of_the_readme_ask_rightly(bundle: Path) -> None:
     page = (bundle / "README.md").read_text(encoding="utf-8")
     request = json.loads(re.search(r"\n    (\{.*?\n    \})\n", page, re.DOTALL)[1])  # type: ignore[index]
     assert request["messages"] == [{"role": "user", "content": row["message"]}]
-
-
-# --- what makes it anew ---
-
-
-@pytest.mark.parametrize(
-    ("section", "values", "jobs"),
-    [
-        ("bundle", {"file": "best"}, {}),
-        ("bundle", {"file": "q8_0"}, {"bundle": 1}),
-        ("report", {"title": "x"}, {"report": 1, "bundle": 1}),
-        ("choose", {"size_mb": 200}, {"choose": 1, "report": 1, "bundle": 1}),
-    ],
-)  # fmt: skip
-def test_bundle_is_made_anew_where_what_is_in_it_changed(
-    section: str, values: dict[str, Any], jobs: dict[str, int], bundle: Path, checkout: Path  # noqa: F811
-) -> None:  # fmt: skip
-    edit_run(section, **values)(checkout)
-    assert planned(checkout, *TARGET) == jobs
-    if section == "bundle":
-        assert planned(checkout) == {}, "it is made when it is asked for"
 
 
 def test_unknown_file_is_refused(finished_run: Path, tmp_path: Path) -> None:

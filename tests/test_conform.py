@@ -13,7 +13,6 @@ import pytest
 from conftest import run_program
 from pockettune.evaluation.conformance import NEAR, Reply, describe, judge, messages_of, replay
 from stand_in import serve_file
-from test_bundle import bundle  # noqa: F401  # a fixture
 
 TASK: dict[str, Any] = {
     "template": "task",
@@ -110,7 +109,7 @@ def test_base_template_is_sent_system_and_prompt() -> None:
     assert messages_of(TASK, {"message": "好"}, spelled=True) == expected
 
 
-def conform(bundle: Path, address: str, *options: str) -> tuple[int, str]:  # noqa: F811
+def conform(bundle: Path, address: str, *options: str) -> tuple[int, str]:
     result = run_program("conform.py", "--bundle", bundle, "--address", address, *options)
     assert "Traceback" not in result.stdout
     return result.returncode, result.stdout.splitlines()[-1]
@@ -143,7 +142,7 @@ def test_address_of_another_api_is_one_line(tmp_path: Path) -> None:
 # --- a real model behind a real address ---
 
 
-def test_right_server(bundle: Path) -> None:  # noqa: F811
+def test_right_server(bundle: Path) -> None:
     with serve_file(bundle / "model.gguf") as (address, server):
         code, line = conform(bundle, f"{address}/v1/")
         assert (
@@ -168,7 +167,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_wrong_server_is_told_why(wrong: str, bundle: Path) -> None:  # noqa: F811
+def test_wrong_server_is_told_why(wrong: str, bundle: Path) -> None:
     behaviour, told = WRONG[wrong]
     with serve_file(bundle / "model.gguf", **behaviour) as (address, _):
         code, line = conform(bundle, address)
@@ -177,13 +176,13 @@ def test_wrong_server_is_told_why(wrong: str, bundle: Path) -> None:  # noqa: F8
         assert code == (0 if wrong == "temperature 1.5" else 2)
 
 
-def test_wrong_file(bundle: Path, f16: Path) -> None:  # noqa: F811
+def test_wrong_file(bundle: Path, f16: Path) -> None:
     with serve_file(f16) as (address, _):
         code, line = conform(bundle, address)
     assert code == 2 and "cause: other file: " in line
 
 
-def test_no_server_and_no_bundle_are_one_line(bundle: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_no_server_and_no_bundle_are_one_line(bundle: Path, tmp_path: Path) -> None:
     code, line = conform(bundle, "http://127.0.0.1:9")
     assert code == 2 and "http://127.0.0.1:9 does not answer as OpenAI's API does" in line
     code, line = conform(tmp_path, "http://127.0.0.1:9")

@@ -547,6 +547,25 @@ def test_checksum_of_a_model_is_no_reason_to_rerun(checkout: Path, tmp_path: Pat
     assert result.stdout.count("warning: not pinned: model.revision; ") == 1
 
 
+BUNDLES: dict[str, tuple[Callable[[Path], object], dict[str, int]]] = {
+    "nothing": (lambda folder: None, {}),
+    "a default spelled out": (edit_run("bundle", file="best"), {}),
+    "bundle.file": (edit_run("bundle", file="q8_0"), {"bundle": 1}),
+    "report.title, which stands in the card": (edit_run("report", title="x"), {"report": 1, "bundle": 1}),
+    "choose.size_mb": (edit_run("choose", size_mb=200), {"choose": 1, "report": 1, "bundle": 1}),
+    "a line of make_bundle.py": (append("scripts/make_bundle.py", "# x\n"), {"bundle": 1}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", BUNDLES)
+def test_bundle_is_made_anew_where_what_is_in_it_changed(
+    change: str, bundle: Path, checkout: Path
+) -> None:
+    edit, expected = BUNDLES[change]
+    edit(checkout)
+    assert planned(checkout, *SMALL, "--", "results/small/bundle") == expected
+
+
 def test_readme_states_the_same_table() -> None:
     from conftest import ROOT
 
