@@ -11,6 +11,7 @@ import json
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from pockettune.data.serving import (
     write_modelfile,
     write_preset,
 )
-from pockettune.data.task_template import find_frame
+from pockettune.data.task_template import Frame, find_frame
 from pockettune.evaluation.conformance import ROWS, messages_of
 from pockettune.evaluation.scoring import decisive_prefixes
 from pockettune.models.folder import load_tokenizer
@@ -73,7 +74,7 @@ def make_bundle(a: argparse.Namespace) -> None:
         write_lines(folder / "conformance.jsonl", rows)
         words = answers["words"]
         texts = {
-            "Modelfile": write_modelfile(MODEL, frame, bos, stop, max_tokens, context),
+            "Modelfile": write_modelfile(MODEL, sent(frame, told), bos, stop, max_tokens, context),
             "labels.gbnf": write_grammar(words),
             "llama-server.ini": write_preset(MODEL, max_tokens, context),
             "README.md": write_page(a.page, told, rows, a.output),
@@ -145,6 +146,11 @@ def write_page(
         "folder": shlex.quote(str(output)),
     }
     return render_page(template, content, {})
+
+
+def sent(frame: Frame, task: Mapping[str, Any]) -> Frame:
+    """Return the frame of what a program sends: the text, or the whole prompt where the file adds none."""
+    return frame if task["template"] == "task" else replace(frame, parts=("", ""))
 
 
 def describe_trust(stage: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from conftest import run_snakemake
+from make_bundle import sent
 from pockettune.common.checksums import sha256
 from pockettune.data.chat import render_chat
 from pockettune.data.serving import go_string, write_grammar, write_modelfile
@@ -149,6 +150,13 @@ def test_modelfile_of_a_hostile_prompt(part: str) -> None:
     template = dict(parse_modelfile(text))["TEMPLATE"]
     assert fill(template, "好") == part + part + "好" + part + "好" + part + part
     assert read_go_string(go_string(part)) == part
+
+
+def test_modelfile_adds_no_prompt_where_the_program_does() -> None:
+    frame = Frame("<s>助手", ("评论：", "\n情感："), "<e>", "", ())
+    for template, expected in (("task", "<s>助手评论：好\n情感：<e>"), ("base", "<s>助手好<e>")):
+        text = write_modelfile("model.gguf", sent(frame, {"template": template}), "", "<e>", 6, 256)
+        assert fill(dict(parse_modelfile(text))["TEMPLATE"], "好") == expected
 
 
 def test_grammar_and_preset_are_read(bundle: Path) -> None:
