@@ -66,7 +66,7 @@ test-slurm: setup
 	tests/slurm/install.sh
 	$(BIN)/python -m pytest tests/slurm
 
-# About ninety kills, forty minutes; `make test` does a few.
+# About ninety kills, more than half an hour; `make test` does a few.
 test-kills: setup
 	$(BIN)/python tests/kill_every_rule.py
 

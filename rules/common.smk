@@ -299,6 +299,7 @@ JOBS = [
     "tokenize",
     *(["measure_layers"] if CHOOSE_LAYERS else []),
     *(["shrink_model"] if KEEP_LAYERS else []),
+    *(["check_vocabulary"] if TRIM else []),
     "check_base",
     *(["score_teacher"] if TEACHER else []),
     "import_adapter" if OWN_ADAPTER else "train",

@@ -3,11 +3,38 @@
 
 if TRIM:
 
+    # Its priority puts it before the training, which does not need it.
+    rule check_vocabulary:
+        input:
+            **program("check_vocabulary"),
+            **folder("base", FETCHED_MODEL),
+            **folder("tokens", "<results>/tokens"),
+            train="<results>/dataset/train.jsonl",
+        output:
+            check="<results>/vocabulary_check.json",
+        log:
+            "<results>/logs/check_vocabulary.log",
+        benchmark:
+            "<results>/benchmarks/check_vocabulary.tsv"
+        priority: 1
+        conda:
+            "../envs/train.yaml"
+        resources:
+            mem_mb=memory(4000),
+            runtime="30m",
+        params:
+            settings=settings("vocabulary", "task", "dataset"),
+        shell:
+            command(
+                "params.settings input.base input.tokens input.train output=output.check"
+            )
+
     rule trim_vocabulary:
         input:
             **program("trim_vocabulary"),
             **folder("model", "<results>/merged"),
             **folder("tokens", "<results>/tokens"),
+            check="<results>/vocabulary_check.json",
             train="<results>/dataset/train.jsonl",
             test="<results>/dataset/test.jsonl",
         output:

@@ -401,7 +401,7 @@ REBUILDS: dict[str, tuple[Callable[[Path], object], dict[str, int]]] = {
     "choose.memory_mb": (edit_run("choose", memory_mb=4000), {"choose": 1, "report": 1, "all": 1}),
     "vocabulary.keep": (
         edit_run("vocabulary", keep="task"),
-        {"trim_vocabulary": 1, "tokenize_trimmed": 1, "evaluate_trimmed": 1, **FROM_CONVERT},
+        {"check_vocabulary": 1, "trim_vocabulary": 1, "tokenize_trimmed": 1, "evaluate_trimmed": 1, **FROM_CONVERT},
     ),
     "vocabulary.scripts, idle beside full": (edit_run("vocabulary", scripts=["han"]), {}),
     "model.name, idle beside a path": (edit_run("model", name="a/b"), {}),
