@@ -112,6 +112,7 @@ rule check_parity:
         **folder("tokens", SHIPPED_TOKENS),
         vocabulary=VOCABULARY,
         gguf="<results>/f16.gguf",
+        records="<results>/dataset/test.jsonl",
     output:
         parity="<results>/parity.json",
     log:
@@ -124,10 +125,12 @@ rule check_parity:
     resources:
         mem_mb=memory(8000, "check_parity"),
         runtime="1h",
+    params:
+        settings=settings("task", "dataset", "card"),
     shell:
         command(
-            "input.base input.adapter input.model input.vocabulary input.gguf input.tokens threads"
-            " output=output.parity"
+            "params.settings input.base input.adapter input.model input.vocabulary input.gguf"
+            " input.tokens input.records threads output=output.parity"
         )
 
 

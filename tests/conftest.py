@@ -34,7 +34,7 @@ LINEAGE = json.dumps(
         "model": {"name": "somebody/tiny", "revision": "main", "path": None},
         "dataset": {"name": None, "revision": None},
         "task": {"type": "classification", "system": "", "prompt": "{text}", "labels": {"0": "差", "1": "好"}, "template_options": {}},
-        "card": {"license": "apache-2.0", "languages": ["zh"]},
+        "card": {"license": "apache-2.0", "languages": ["zh"], "template": "base"},
     }
 )  # fmt: skip
 
@@ -107,6 +107,14 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = run_snakemake(folder, *SMALL)
     assert result.returncode == 0, result.stdout[-5000:]
     return folder
+
+
+@pytest.fixture(scope="session")
+def bundle(finished_run: Path) -> Path:
+    """The bundle of the small run's chosen file, beside its other results."""
+    result = run_snakemake(finished_run, *SMALL, "--", "results/small/bundle")
+    assert result.returncode == 0, result.stdout[-3000:]
+    return finished_run / "results/small/bundle"
 
 
 # All of it may stand in a file's name, and each shell word of it would leave a file behind.
