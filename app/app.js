@@ -4,7 +4,7 @@ import { Wllama } from "./wllama.js";
 
 // ---------------------------------------------------------------- words
 
-const WORDS = {
+export const WORDS = {
   en: {
     private: "Everything stays on this device: what you type is sent nowhere.",
     text: "Text",
@@ -529,7 +529,7 @@ export function decodeText(buffer) {
 // ---------------------------------------------------------------- the page
 
 const SHOWN = 50; // rows of a table; the file has them all
-const app = { task: null, page: null, checks: [], parts: null, model: null, rows: null, wanted: false };
+export const app = { task: null, page: null, checks: [], parts: null, model: null, rows: null, wanted: false };
 
 /** The content of a JSON file, or of each line. */
 async function readFile(name) {
@@ -557,7 +557,7 @@ function busy(state) {
 function explain(error) {
   if (error instanceof Told) return error.message;
   const reason = String(error?.message ?? error);
-  if (/memory|allocat|RangeError/i.test(`${error?.name} ${reason}`)) return say("no_memory");
+  if (/out of memory|OOM|bad_alloc|could not allocate|cannot (enlarge|allocate)|allocation failed/i.test(reason)) return say("no_memory");
   return say("no_start", { reason: reason || error?.name || "?" });
 }
 

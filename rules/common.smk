@@ -52,7 +52,7 @@ OPTIONAL_FILES = [
 ]
 
 # As in scripts/fetch_wllama.py, which knows its checksum.
-WLLAMA = "resources/wllama-2.4.0"
+WLLAMA = "resources/wllama-2.3.7"
 # The files of the app's page.
 PAGE = [
     f"app/{name}"

@@ -1,8 +1,8 @@
 """Take llama.cpp for browsers out of an npm package: wllama, compiled to WebAssembly.
 
-Version 2.4.0 and not 3: that has tokenize() and the probability of any token by its id, which 3 has not, so
-that the page asks and scores as the file was scored; one build for all browsers, where 3 needs a second one,
-of 19 MB, for those without Memory64 and JSPI (Safari); and it is a quarter of the size.
+Version 2.3.7, the last whose one build runs in every browser: from 2.4 on it asks for Memory64, which Safari
+has not, and 3 has a second build of 19 MB for such browsers. 3 has neither tokenize() nor the probability of
+a token by its id, without which the page could not ask and score as the file was scored.
 
 Input   the package's archive, through npm (its registry and cache apply)
 Output  a folder with wllama.js, wllama.wasm, wllama-threads.wasm and the MIT licence
@@ -16,8 +16,8 @@ from pockettune.common import program
 from pockettune.sources.packages import Package, download_npm_package
 
 PACKAGE = Package(
-    "@wllama/wllama", "2.4.0", "wllama-wllama-2.4.0.tgz",
-    sha256="0b4f91b2105e4ee36eb53e0647328a98575f7c87ccdc1317bebb4c13e6db7544", size=3_953_638,
+    "@wllama/wllama", "2.3.7", "wllama-wllama-2.3.7.tgz",
+    sha256="297109c76215c7457c230527fe8f930aa578897156c06df2da6cf7e393ee0233", size=3_378_743,
 )  # fmt: skip
 
 MEMBERS = {
