@@ -20,7 +20,9 @@ from pockettune.common.checksums import sha256
 from pockettune.evaluation.replay import conformance_rows, describe_task, longest_prompt
 from pockettune.gguf.files import read_gguf
 
-PART = 4 * 2**20  # bytes; what is lost at most where a connection is cut, and what a browser keeps as one
+PART = (
+    4 * 2**20
+)  # bytes; what is lost at most where a connection is cut, and what a browser keeps as one
 MODEL = "model.gguf"
 NOT_KEPT = {MODEL, "sw.js"}  # by the service worker: the page keeps the model itself, part by part
 

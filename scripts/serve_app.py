@@ -128,11 +128,17 @@ def print_addresses(port: int) -> None:
         url = f"http://{address}:{port}/"
         print(f"On the same network:  {url}\n")
         print_qr(url)
-        print("\nA browser keeps page and model for use without a network only at an https address or at")
+        print(
+            "\nA browser keeps page and model for use without a network only at an https address or at"
+        )
     else:
         print("This computer is on no network that a phone could reach.")
-        print("A browser keeps page and model for use without a network only at an https address or at")
-    print(f"localhost. For an Android phone on a cable: adb reverse tcp:{port} tcp:{port}, then open")
+        print(
+            "A browser keeps page and model for use without a network only at an https address or at"
+        )
+    print(
+        f"localhost. For an Android phone on a cable: adb reverse tcp:{port} tcp:{port}, then open"
+    )
     print(f"http://localhost:{port}/ on the phone. Else put the folder on any https server.")
     print("Ctrl-C ends.", flush=True)
 

@@ -50,27 +50,34 @@ def control_tokens(metadata: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def conformance_rows(tokens: Path, split: str, records: Path, predictions: Path) -> Iterator[dict[str, Any]]:  # fmt: skip
+def conformance_rows(
+    tokens: Path, split: str, records: Path, predictions: Path
+) -> Iterator[dict[str, Any]]:
     """Yield up to ROWS of the rows that were scored: message, prompt, ids, scores, answer.
 
     A row whose text was cut is left out: where it is cut is a program's own affair.
     """
     answers = program.read_json(tokens / "answers.json")
     prefixes = dict(zip(answers["words"], decisive_prefixes(answers["ids"]), strict=True))
-    scored = pd.read_parquet(predictions).set_index("id")
-    whole = [row for row in Examples(tokens / f"{split}.arrow") if row.id in scored.index and not row.cut]  # fmt: skip
+    scored = {row["id"]: row for row in pd.read_parquet(predictions).to_dict("records")}
+    whole = [
+        row for row in Examples(tokens / f"{split}.arrow") if row.id in scored and not row.cut
+    ]
     chosen = {row.id: row for row in take_evenly(whole, ROWS)}
     for record in read_records(records):
         if row := chosen.get(record["id"]):
-            scores = scored.loc[row.id]
-            labels = {
-                word: {"ids": list(ids), "log_probability": float(scores[f"log_probability_{word}"])}  # fmt: skip
-                for word, ids in prefixes.items()
-            }
+            scores = scored[row.id]
             yield {
-                "id": row.id, "message": record["text"], "prompt": row.prompt,
-                "prompt_ids": list(row.prompt_ids), "labels": labels, "answer": scores["prediction"],
-            }  # fmt: skip
+                "id": row.id,
+                "message": record["text"],
+                "prompt": row.prompt,
+                "prompt_ids": list(row.prompt_ids),
+                "labels": {
+                    word: {"ids": list(ids), "log_probability": scores[f"log_probability_{word}"]}
+                    for word, ids in prefixes.items()
+                },
+                "answer": scores["prediction"],
+            }
 
 
 def longest_prompt(max_length: int, answer_ids: Sequence[Sequence[int]]) -> int:
