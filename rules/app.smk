@@ -1,4 +1,4 @@
-# A page that asks the chosen file in a browser, on a phone or a desktop. Made only when it is asked for.
+# A page that asks the bundle's file in a browser, on a phone or a desktop. Made only when it is asked for.
 
 
 localrules:
@@ -25,13 +25,10 @@ rule fetch_wllama:
 rule app:
     input:
         **program("make_app"),
+        **folder("bundle", "<results>/bundle"),
         **folder("tokens", "<results>/tokens"),
         **folder("wllama", WLLAMA),
         page=PAGE,
-        best="<results>/best.json",
-        model="<results>/best.gguf",
-        records=f"<results>/dataset/{SPLIT}.jsonl",
-        predictions=expand("<results>/predictions/{variant}.parquet", variant=VARIANTS),
     output:
         app=directory("<results>/app"),
         manifest="<results>/app.sha256",
@@ -45,6 +42,6 @@ rule app:
         settings=app_settings,
     shell:
         command(
-            "params.settings input.page input.wllama input.model input.best input.tokens"
-            " input.records input.predictions output=output.app"
+            "params.settings input.bundle input.tokens input.wllama input.page"
+            " output=output.app"
         )

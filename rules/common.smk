@@ -110,6 +110,9 @@ VARIANTS = sorted(config["quantize"])
 IMPORTANCE = any(recipe["importance"] for recipe in config["quantize"].values())
 # Without the section best.gguf is made only when it is asked for.
 CHOICE = [] if config["choose"] is None else "<results>/best.gguf"
+BUNDLED = config["bundle"]["file"]
+# Of whose predictions the bundle shows some: which file best.gguf is, stands in best.json.
+BUNDLE_CANDIDATES = VARIANTS if BUNDLED == "best" else [BUNDLED]
 STAGES = ["tfidf", "base", "adapter", "merged", "f16", *VARIANTS]
 SPLIT = config["evaluate"]["split"]
 RESULTS = config.get("pathvars", {}).get("results", "results")
@@ -163,20 +166,28 @@ def choice_settings(wildcards):
     return json.dumps(chosen, sort_keys=True)
 
 
+def bundle_settings(wildcards):
+    """Return what decides a bundle, beside the files in it."""
+    sections = ("task", "dataset", "tokenize", "card", "bundle")
+    chosen = {section: config[section] for section in sections}
+    chosen["evaluate"] = {"split": SPLIT}
+    return json.dumps(chosen, sort_keys=True, ensure_ascii=False)
+
+
 def report_settings(wildcards):
-    """Return all that decided a result; where the files were fetched from did not."""
-    chosen = {
-        key: value for key, value in config.items() if key not in ("hub", "pathvars")
-    }
+    """Return all that decided a result; where the files were fetched from, or are copied to, did not."""
+    apart = ("hub", "pathvars", "bundle")
+    chosen = {key: value for key, value in config.items() if key not in apart}
     return json.dumps(chosen, sort_keys=True, ensure_ascii=False)
 
 
 def app_settings(wildcards):
-    """Return what of the config the app shows or asks by."""
-    chosen = {section: config[section] for section in ("task", "tokenize")}
-    chosen["dataset"] = {"text_column": config["dataset"]["text_column"]}
-    chosen["evaluate"] = {"split": SPLIT}
-    chosen["report"] = {"title": config["report"]["title"]}
+    """Return what of the config the app shows or asks by, beside what stands in the bundle."""
+    chosen = {
+        "dataset": {"text_column": config["dataset"]["text_column"]},
+        "tokenize": config["tokenize"],
+        "report": {"title": config["report"]["title"]},
+    }
     return json.dumps(chosen, sort_keys=True, ensure_ascii=False)
 
 

@@ -35,6 +35,7 @@ rule check_parity:
         **folder("model", "<results>/merged"),
         **folder("tokens", "<results>/tokens"),
         gguf="<results>/f16.gguf",
+        records="<results>/dataset/test.jsonl",
     output:
         parity="<results>/parity.json",
     log:
@@ -47,10 +48,12 @@ rule check_parity:
     resources:
         mem_mb=memory(8000, "check_parity"),
         runtime="1h",
+    params:
+        settings=settings("task", "dataset", "card"),
     shell:
         command(
-            "input.base input.adapter input.model input.gguf input.tokens threads"
-            " output=output.parity"
+            "params.settings input.base input.adapter input.model input.gguf input.tokens"
+            " input.records threads output=output.parity"
         )
 
 

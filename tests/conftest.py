@@ -35,7 +35,7 @@ LINEAGE = json.dumps(
         "model": {"name": "somebody/tiny", "revision": "main", "path": None},
         "dataset": {"name": None, "revision": None},
         "task": {"type": "classification", "system": "", "prompt": "{text}", "labels": {"0": "差", "1": "好"}, "template_options": {}},
-        "card": {"license": "apache-2.0", "languages": ["zh"]},
+        "card": {"license": "apache-2.0", "languages": ["zh"], "template": "base"},
     }
 )  # fmt: skip
 

@@ -242,6 +242,12 @@ def _contradictions(config: Config) -> Iterator[str]:
             " on them is too high; set evaluate.split to test, or train.eval_every to null"
         )
     yield from _unusable_recipes(config["quantize"])
+    file, files = (
+        (config.get("bundle") or {}).get("file", "best"),
+        ["best", "f16", *config["quantize"]],
+    )
+    if file not in files:
+        yield f"bundle.file is {file!r}; {_nearest(file, files)}"
     words = list(config["task"]["labels"].values())
     if len(set(words)) < len(words):
         yield f"task.labels answers the same word for two values: {', '.join(words)}"
