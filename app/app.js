@@ -356,6 +356,8 @@ function startsPattern(tokens) {
   return new RegExp(starts.join("|") || "(?!)", "gu");
 }
 
+// What the base's template does to a message (Frame in scripts/pockettune/data/task_template.py).
+const STRIPS = { "": (t) => t, lstrip: (t) => t.trimStart(), rstrip: (t) => t.trimEnd(), strip: (t) => t.trim() };
 const LIKELIEST = 256; // asked for first; all of the vocabulary only where a label is not among them
 const CHARACTERS_A_TOKEN = 100; // no text has more: longer ones are cut before they are tokenized
 
@@ -367,7 +369,7 @@ export class Model {
     model.prefixes = model.words.map((word) => page.labels[word]);
     model.longest = page.longest_prompt;
     model.starts = sharedStarts(model.prefixes);
-    model.control = startsPattern(task.defuse);
+    model.control = startsPattern(task.control);
     await model.#load(parts);
     const meta = model.wllama.getModelMetadata().meta;
     if (meta["pockettune.task.prompt"] !== task.prompt) throw new Told("other_model");
@@ -397,7 +399,8 @@ export class Model {
   }
 
   async #encode(text) {
-    const prompt = this.task.before + text + this.task.after;
+    const { head, parts, tail, strip } = this.task;
+    const prompt = head + STRIPS[strip](parts.join(text)) + tail;
     const ids = [...(await this.wllama.tokenize(prompt, true))];
     const bos = this.wllama.getBOS();
     if (this.wllama.mustAddBosToken() && ids[0] !== bos) ids.unshift(bos);
@@ -756,14 +759,18 @@ function offerTable(rows) {
   show("save");
 }
 
+/** A row's text: the message itself, or, for the base's own template, what stands in it. */
+function textOf(row, { template, parts }) {
+  if (template === "task") return row.message;
+  const around = parts.reduce((sum, part) => sum + part.length, 0);
+  return row.message.substr(parts[0].length, (row.message.length - around) / (parts.length - 1));
+}
+
 /** Ask the rows of conformance.jsonl again. Returns {rows, same, largest, first, why}. */
 export async function conform(model, rows, onProgress = () => {}) {
   const told = { rows: rows.length, same: 0, largest: 0, first: null, why: null };
   for (const [done, row] of rows.entries()) {
-    const { before, after, template } = model.task;
-    // The base's template takes the whole question for a message: the text stands within the prompt.
-    const text = template === "base" ? row.prompt.slice(before.length, row.prompt.length - after.length) : row.message;
-    const result = await model.ask(text);
+    const result = await model.ask(textOf(row, model.task));
     const ids = row.prompt_ids.length === result.ids.length && row.prompt_ids.every((id, i) => id === result.ids[i]);
     const why = result.prompt !== row.prompt ? "why_prompt" : !ids ? "why_ids" : result.answer !== row.answer ? "why_answer" : null;
     if (why === null) told.same++;
