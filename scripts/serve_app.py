@@ -3,7 +3,7 @@
 Answers with ranges, so that a download goes on where it was cut, and with the headers by which a browser
 lets the page compute with several threads (COOP, COEP) and forbids it every other host (CSP).
 
-Input   the folder that make_app.py made, or the run file of its run
+Input   the folder app/ in a run's results
 Output  nothing; serves until Ctrl-C
 """
 
@@ -18,10 +18,12 @@ from http import HTTPStatus
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import IO, Any
-from urllib.parse import urlsplit
 
 from pockettune.common import program
 from pockettune.common.errors import UserError
+from pockettune.machine.run import Run, load_config
+
+ROOT = Path(__file__).parent.parent
 
 RANGE = re.compile(r"bytes=(\d+)-(\d*)$")
 HEADERS = {
@@ -123,41 +125,37 @@ def local_address() -> str | None:
 
 def print_addresses(port: int) -> None:
     """Print where the app is, for this machine and for a phone."""
-    print(f"On this computer:  http://localhost:{port}/")
+    print(f"On this computer:     http://localhost:{port}/")
     if address := local_address():
         url = f"http://{address}:{port}/"
         print(f"On the same network:  {url}\n")
         print_qr(url)
-        print(
-            "\nA browser keeps page and model for use without a network only at an https address or at"
-        )
     else:
         print("This computer is on no network that a phone could reach.")
-        print(
-            "A browser keeps page and model for use without a network only at an https address or at"
-        )
     print(
-        f"localhost. For an Android phone on a cable: adb reverse tcp:{port} tcp:{port}, then open"
+        "\nA browser keeps the page for use without a network only at localhost or an https address: put the"
+        f"\nfolder on any https server, or, Android on a cable: adb reverse tcp:{port} tcp:{port}, then"
+        f"\nhttp://localhost:{port}/ on the phone. Ctrl-C ends.",
+        flush=True,
     )
-    print(f"http://localhost:{port}/ on the phone. Else put the folder on any https server.")
-    print("Ctrl-C ends.", flush=True)
 
 
 def print_qr(url: str) -> None:
     """Print an address for a phone's camera."""
     import segno
 
-    assert urlsplit(url).scheme == "http"
     segno.make(url, error="m").terminal(compact=True)
 
 
 def main() -> None:
     parser = program.argument_parser(__doc__)
-    parser.add_argument("--app", type=Path, required=True, help="folder that make_app.py made")
+    parser.add_argument("--configfile", type=Path, help="run file; without one, config.yaml's run")
     parser.add_argument("--port", type=int, default=8017)
 
     def work(arguments: argparse.Namespace) -> None:
-        with open_server(arguments.app, arguments.port) as server:
+        files = [arguments.configfile] if arguments.configfile else []
+        folder = Run(ROOT, load_config(ROOT, files)).results / "app"
+        with open_server(folder, arguments.port) as server:
             print_addresses(arguments.port)
             try:
                 server.serve_forever()

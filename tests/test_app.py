@@ -27,6 +27,7 @@ import make_app
 import serve_app
 from conftest import ROOT, SMALL, WLLAMA_ARCHIVE, run_snakemake
 from fetch_wllama import PACKAGE
+from firefox import FIREFOX, Firefox
 from generated import make_review
 from test_workflow import edit_run, planned
 
@@ -92,9 +93,7 @@ class Served:
                 super().copyfile(source, outputfile)
 
         self.server = serve_app.open_server(folder, 0, "127.0.0.1")
-        self.server.RequestHandlerClass = (
-            lambda *a, **k: Handler(*a, directory=str(folder), **k)
-        )
+        self.server.RequestHandlerClass = lambda *a, **k: Handler(*a, directory=str(folder), **k)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}/"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
@@ -116,7 +115,7 @@ def serve() -> Iterator[Callable[..., Served]]:
 
     yield start
     for served in opened:
-        served.close()
+        served.close()  # once more does no harm
 
 
 @pytest.fixture(scope="session")
@@ -293,6 +292,28 @@ def test_page_works_without_server_and_network(folder: Path, serve: Callable[...
     again.page.wait_for_selector("#ask:not([hidden])", timeout=60_000)
     assert again.ask(GOOD) == answer
     assert again.complaints == []
+
+
+@pytest.mark.skipif(FIREFOX is None, reason="no Firefox: apt-get install firefox-esr")
+def test_firefox_answers_as_the_file_was_scored_and_offline(
+    folder: Path, serve: Callable[..., Served], tmp_path: Path
+) -> None:
+    served = serve(folder)
+    firefox = Firefox(tmp_path)
+    try:
+        firefox.open(served.url)
+        firefox.wait("#load:not([hidden])")
+        firefox.run("document.getElementById('load').click()")
+        firefox.wait("#kept:not([hidden])")
+        firefox.run("document.getElementById('check_run').click()")
+        firefox.wait("#check[data-rows]")
+        found = firefox.run("return {...document.getElementById('check').dataset}")
+        assert found["same"] == "50" and float(found["largest"]) < TOLERANCE
+        served.close()
+        firefox.open(served.url)
+        firefox.wait("#ask:not([hidden])")
+    finally:
+        firefox.close()
 
 
 def test_cut_download_goes_on_where_it_was_cut(folder: Path, serve: Callable[..., Served], visit: Callable[..., Visit]) -> None:  # fmt: skip
