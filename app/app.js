@@ -177,6 +177,13 @@ const settled = (request) =>
     request.onerror = () => reject(request.error);
   });
 
+/** A request succeeds before its bytes are written; where there is no room for them, its transaction aborts. */
+const written = (store) =>
+  new Promise((resolve, reject) => {
+    store.transaction.oncomplete = resolve;
+    store.transaction.onabort = () => reject(store.transaction.error);
+  });
+
 /**
  * The parts of one model, `app.json` says which. In IndexedDB, because it is there without https too and
  * gives them back one by one: a phone never holds the file twice. In memory where it cannot be used.
@@ -192,6 +199,7 @@ export class Parts {
       await parts.#dropOthers();
     } catch {
       parts.database = null; // a private window of some browsers
+      parts.present.clear();
     }
     return parts;
   }
@@ -240,7 +248,9 @@ export class Parts {
 
   async put(index, bytes) {
     try {
-      await settled(this.#store("readwrite").put(bytes, this.#key(index)));
+      const store = this.#store("readwrite");
+      store.put(bytes, this.#key(index));
+      await written(store);
     } catch {
       this.memory.set(index, bytes); // no database, or no room in it
     }
@@ -302,6 +312,7 @@ async function loadFrom(parts, first, onProgress) {
   const end = Math.min(parts.firstPresent(first) * part_bytes, all);
   const range = `bytes=${first * part_bytes}-${end - 1}`;
   const response = await fetch(parts.model.file, { headers: { Range: range }, cache: "no-store" });
+  if (response.status === 416) throw new Told("changed"); // it is shorter now
   if (response.status === 404) throw new Told("no_files", { reason: parts.model.file });
   if (!response.ok) throw new Error(`status ${response.status}`);
   // A server that knows no ranges sends the file from its start: 200 instead of 206.
@@ -370,9 +381,14 @@ export class Model {
     model.longest = page.longest_prompt;
     model.starts = sharedStarts(model.prefixes);
     model.control = startsPattern(task.control);
-    await model.#load(parts);
-    const meta = model.wllama.getModelMetadata().meta;
-    if (meta["pockettune.task.prompt"] !== task.prompt) throw new Told("other_model");
+    try {
+      await model.#load(parts);
+      const { meta } = model.wllama.getModelMetadata();
+      if (meta["pockettune.task.prompt"] !== task.prompt) throw new Told("other_model");
+    } catch (error) {
+      model.stop();
+      throw error;
+    }
     return model;
   }
 
@@ -465,8 +481,9 @@ export class Model {
     return { answer: this.words[best], probability: probabilities[best], probabilities, scores, prompt, ids, cut, seconds };
   }
 
-  async stop() {
-    await this.wllama.exit().catch(() => {});
+  /** Give its memory back; not waited for, because a worker that failed never answers. */
+  stop() {
+    this.wllama.exit().catch(() => {});
   }
 }
 
@@ -532,7 +549,7 @@ export function decodeText(buffer) {
 // ---------------------------------------------------------------- the page
 
 const SHOWN = 50; // rows of a table; the file has them all
-export const app = { task: null, page: null, checks: [], parts: null, model: null, rows: null, wanted: false };
+export const app = { task: null, page: null, checks: [], parts: null, model: null, registered: null, rows: null, wanted: false };
 
 /** The content of a JSON file, or of each line. */
 async function readFile(name) {
@@ -612,17 +629,20 @@ async function start() {
 }
 
 async function tellWhatIsKept() {
-  const page = "serviceWorker" in navigator && (await navigator.serviceWorker.ready.catch(() => null));
+  const page = (await app.registered) && (await navigator.serviceWorker.ready);
   tell("kept", say(!app.parts.kept ? "kept_none" : page ? "kept_all" : "kept_model"));
 }
 
-async function removeModel() {
-  const { model } = app;
+function stopModel(message) {
+  app.model?.stop();
   app.model = null;
-  await model?.stop();
-  await app.parts.clear();
   for (const id of ["ask", "many", "check", "result", "kept"]) show(id, false);
-  offerLoading(say("removed"));
+  offerLoading(message);
+}
+
+async function removeModel() {
+  await app.parts.clear();
+  stopModel(say("removed"));
 }
 
 /** Run `work` with the model; where that fails say so at `place`, and offer to start it anew. */
@@ -631,11 +651,8 @@ async function withModel(place, work) {
   try {
     await work(app.model);
   } catch (error) {
-    tell(place, explain(error));
-    if (!(error instanceof Told)) {
-      await app.model?.stop();
-      offerLoading(explain(error));
-    }
+    if (error instanceof Told) tell(place, error.message);
+    else stopModel(explain(error));
   } finally {
     busy(false);
   }
@@ -690,7 +707,7 @@ function takeTable(text) {
   $("column").replaceChildren(...names.map((name, i) => new Option(name, i)));
   const known = names.indexOf(app.page.text_column);
   $("column").value = String(known >= 0 ? known : longestColumn(app.rows));
-  $("run").disabled = app.rows === null || !app.model;
+  $("run").disabled = app.rows === null;
 }
 
 /** The column whose cells are longest, in the first rows: most often the text. */
@@ -811,7 +828,7 @@ async function open() {
   fillWords();
   listen();
   tell("status", say("starting"));
-  if ("serviceWorker" in navigator) navigator.serviceWorker.register("sw.js").catch(() => {}); // not over http
+  app.registered = navigator.serviceWorker?.register("sw.js").catch(() => null); // there is none over http
   try {
     if (typeof WebAssembly !== "object") throw new Told("no_wasm");
     [app.task, app.page, app.checks] = await Promise.all(["task.json", "app.json", "conformance.jsonl"].map(readFile));
