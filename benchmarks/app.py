@@ -42,12 +42,14 @@ def ask_rows(browser: Any, url: str) -> dict[str, Any]:
     """Return what the rows gave, what the page asked other hosts for, and what it complained of."""
     page = browser.new_page()
     page.set_default_timeout(3_600_000)
-    others: list[str] = []
+    asked: list[str] = []
     complaints: list[str] = []
-    page.on("request", lambda r: r.url.startswith((url, f"blob:{url}")) or others.append(r.url))
+    page.on("request", lambda request: asked.append(request.url))
     page.on("console", lambda line: complaints.append(line.text))
     load(page, url)
-    return {"rows": page.evaluate(ASK), "others": others, "complaints": complaints}
+    rows = page.evaluate(ASK)
+    others = [address for address in asked if not address.startswith((url, f"blob:{url}"))]
+    return {"rows": rows, "others": others, "complaints": complaints}
 
 
 def describe(told: Mapping[str, Any], size: int, browser: str) -> list[str]:

@@ -219,10 +219,11 @@ def test_change_remakes_the_app_and_nothing_else(app_run: Path) -> None:
         assert planned(app_run, *target) == {"app": 1}, name
         (app_run / name).write_bytes(before)
     before = (app_run / "runs/small.yaml").read_bytes()
+    after_card = {"report": 1, "bundle": 1, "app": 1}
     edit_run("report", title="x")(app_run)
-    assert planned(app_run, *target) == {"app": 1}
+    assert planned(app_run, *target) == after_card
     edit_run("choose", size_mb=1)(app_run)
-    assert planned(app_run, *target) == {"choose": 1, "app": 1}
+    assert planned(app_run, *target) == {"choose": 1, **after_card}
     (app_run / "runs/small.yaml").write_bytes(before)
 
 
