@@ -132,7 +132,7 @@ export const WORDS = {
 };
 const LANGUAGE = navigator.language.toLowerCase().startsWith("zh") ? "zh" : "en";
 
-export function say(key, values = {}) {
+function say(key, values = {}) {
   return WORDS[LANGUAGE][key].replace(/\{(\w+)\}/g, (_, name) => values[name]);
 }
 
@@ -165,7 +165,7 @@ const CRC_TABLE = Uint32Array.from({ length: 256 }, (_, n) => {
 });
 
 /** As zlib.crc32. Not SHA-256, which browsers have only where the address is https. */
-export function crc32(bytes) {
+function crc32(bytes) {
   let crc = -1;
   for (let i = 0; i < bytes.length; i++) crc = CRC_TABLE[(crc ^ bytes[i]) & 255] ^ (crc >>> 8);
   return (crc ^ -1) >>> 0;
@@ -188,7 +188,7 @@ const written = (store) =>
  * The parts of one model, `app.json` says which. In IndexedDB, because it is there without https too and
  * gives them back one by one: a phone never holds the file twice. In memory where it cannot be used.
  */
-export class Parts {
+class Parts {
   static async open(model) {
     const parts = new Parts();
     Object.assign(parts, { model, memory: new Map(), present: new Set(), database: null });
@@ -291,7 +291,7 @@ const TRIES = 4; // in a row without a new part; waits of 1, 2 and 4 seconds bet
 const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
 
 /** Load the parts that are missing, again and again where the connection is cut. */
-export async function loadParts(parts, onProgress) {
+async function loadParts(parts, onProgress) {
   for (let tries = 0; parts.firstMissing() < parts.count; ) {
     const before = parts.present.size;
     try {
@@ -351,7 +351,7 @@ function beginsWith(ids, start) {
   return ids.length > start.length && start.every((id, place) => ids[place] === id);
 }
 
-export function softmax(values) {
+function softmax(values) {
   const peak = Math.max(...values);
   const parts = values.map((value) => Math.exp(value - peak));
   const sum = parts.reduce((a, b) => a + b);
@@ -372,7 +372,7 @@ const STRIPS = { "": (t) => t, lstrip: (t) => t.trimStart(), rstrip: (t) => t.tr
 const LIKELIEST = 256; // asked for first; all of the vocabulary only where a label is not among them
 const CHARACTERS_A_TOKEN = 100; // no text has more: longer ones are cut before they are tokenized
 
-export class Model {
+class Model {
   static async start(task, page, parts) {
     const model = new Model();
     Object.assign(model, { task, cached: [] });
@@ -497,7 +497,7 @@ function threads() {
 // ---------------------------------------------------------------- tables
 
 /** Rows of a csv (RFC 4180) or tsv; the delimiter is the one that the first row has most of. */
-export function readTable(text) {
+function readTable(text) {
   text = text.replace(/^\uFEFF/, "");
   const head = text.split(/\r?\n/, 1)[0].replace(/"[^"]*"/g, "");
   const counts = [",", "\t", ";"].map((mark) => [head.split(mark).length, mark]);
@@ -524,7 +524,7 @@ export function readTable(text) {
 }
 
 /** A csv that spreadsheets open with its characters right, and whose cells they do not compute. */
-export function writeTable(rows) {
+function writeTable(rows) {
   const write = (cell) => {
     const formula = /^[=+\-@\t\r]/.test(cell) && !/^[+-]?[\d.,]+%?$/.test(cell);
     const text = formula ? `'${cell}` : cell;
@@ -534,7 +534,7 @@ export function writeTable(rows) {
 }
 
 /** The text of a file as spreadsheets save it. */
-export function decodeText(buffer) {
+function decodeText(buffer) {
   const bytes = new Uint8Array(buffer);
   const marked = { "255,254": "utf-16le", "254,255": "utf-16be" }[bytes.slice(0, 2).join()];
   for (const encoding of marked ? [marked] : ["utf-8", "gb18030"]) {
@@ -784,7 +784,7 @@ function textOf(row, { template, parts }) {
 }
 
 /** Ask the rows of conformance.jsonl again. Returns {rows, same, largest, first, why}. */
-export async function conform(model, rows, onProgress = () => {}) {
+async function conform(model, rows, onProgress = () => {}) {
   const told = { rows: rows.length, same: 0, largest: 0, first: null, why: null };
   for (const [done, row] of rows.entries()) {
     const result = await model.ask(textOf(row, model.task));
