@@ -5,6 +5,7 @@ downloads no browser here), or no wllama archive in resources/downloads (`snakem
 """
 
 import csv
+import hashlib
 import io
 import json
 import random
@@ -16,6 +17,7 @@ import time
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -29,6 +31,8 @@ from conftest import ROOT, SMALL, WLLAMA_ARCHIVE, run_snakemake
 from fetch_wllama import PACKAGE
 from firefox import FIREFOX, Firefox
 from generated import make_review
+from pockettune.common.errors import UserError
+from pockettune.sources.packages import download_npm_package
 from test_workflow import edit_run, planned
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)  # fmt: skip
@@ -227,6 +231,48 @@ def test_change_remakes_the_app_and_nothing_else(app_run: Path) -> None:
     (app_run / "runs/small.yaml").write_bytes(before)
 
 
+# --- out of npm ---
+
+
+@pytest.fixture
+def npm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A command in npm's place, which packs "archive", or fails where npm.fails lies beside it."""
+    command = tmp_path / "bin/npm"
+    command.parent.mkdir()
+    command.write_text(
+        "#!/bin/sh\n"
+        f'test ! -e "$0.fails" || {{ echo "npm error code E404" >&2; echo more >&2; exit 1; }}\n'
+        f'printf archive > "$4/{PACKAGE.file}"\n'
+    )
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{command.parent}:/usr/bin:/bin")
+    return command
+
+
+def test_archive_comes_from_npm_and_is_the_pinned_one(npm: Path, tmp_path: Path) -> None:
+    downloads = tmp_path / "downloads"
+    pinned = replace(PACKAGE, sha256=hashlib.sha256(b"archive").hexdigest())
+    assert download_npm_package(pinned, downloads).read_bytes() == b"archive"
+    with pytest.raises(UserError, match=r"not the release that was looked at; removed.*npm_config"):
+        download_npm_package(PACKAGE, downloads)
+    assert not list(downloads.iterdir())
+    npm.with_name("npm.fails").touch()
+    with pytest.raises(UserError) as caught:
+        download_npm_package(pinned, downloads)
+    assert str(caught.value) == (
+        "@wllama/wllama 2.3.7 could not be downloaded: npm error code E404; put"
+        f" {PACKAGE.file} into {downloads} by hand, or set npm_config_registry to a registry that has it"
+    )
+
+
+def test_without_npm_a_line_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(
+        UserError, match=r"comes from npm, which is not here: install Node.js, or put"
+    ):
+        download_npm_package(PACKAGE, tmp_path / "downloads")
+
+
 # --- the server ---
 
 
@@ -257,11 +303,11 @@ def test_server_answers_ranges_and_sends_its_headers(tmp_path: Path, serve: Call
 
 
 def test_server_says_in_a_line_what_is_wrong(tmp_path: Path, serve: Callable[..., Served]) -> None:
-    with pytest.raises(serve_app.UserError, match=r"is no app's folder; make it: snakemake"):
+    with pytest.raises(UserError, match=r"is no app's folder; make it: snakemake"):
         serve_app.open_server(tmp_path, 0)
     (tmp_path / "app.json").write_text("{}")
     taken = serve(tmp_path).server.server_address[1]
-    with pytest.raises(serve_app.UserError, match=rf"port {taken}: .*--port"):
+    with pytest.raises(UserError, match=rf"port {taken}: .*--port"):
         serve_app.open_server(tmp_path, int(taken), "127.0.0.1")
 
 
