@@ -59,6 +59,7 @@ export const WORDS = {
     check_run: "Ask them",
     check_running: "{done} of {all} asked",
     check_good: "{same} of {rows} answered as scored. Largest difference of a log probability: {largest}.",
+    check_near: "{same} of {rows} answered as scored, {near} otherwise whose labels were so close that another build may. Largest difference of a log probability: {largest}.",
     check_bad: "{same} of {rows} answered as scored; first other row: {first} ({why}). Largest difference of a log probability: {largest}.",
     why_prompt: "the prompt differs",
     why_ids: "the tokens differ",
@@ -121,6 +122,7 @@ export const WORDS = {
     check_run: "开始",
     check_running: "已问 {done} / {all}",
     check_good: "{rows} 行中 {same} 行与评测时回答相同。对数概率的最大差：{largest}。",
+    check_near: "{rows} 行中 {same} 行与评测时回答相同，{near} 行不同，但其标签非常接近，换一个构建版本就可能不同。对数概率的最大差：{largest}。",
     check_bad: "{rows} 行中 {same} 行与评测时回答相同；第一条不同的行：{first}（{why}）。对数概率的最大差：{largest}。",
     why_prompt: "提示词不同",
     why_ids: "词元不同",
@@ -783,14 +785,25 @@ function textOf(row, { template, parts }) {
   return row.message.substr(parts[0].length, (row.message.length - around) / (parts.length - 1));
 }
 
-/** Ask the rows of conformance.jsonl again. Returns {rows, same, largest, first, why}. */
+const NEAR = 0.5; // as in scripts/pockettune/evaluation/conformance.py
+
+/** What is otherwise than scored: null, "near" where the two best labels were closer than NEAR nats, or the cause. */
+function compare(row, { prompt, ids, answer }) {
+  if (prompt !== row.prompt) return "why_prompt";
+  if (ids.join() !== row.prompt_ids.join()) return "why_ids";
+  if (answer === row.answer) return null;
+  const lost = row.labels[row.answer].log_probability - row.labels[answer].log_probability;
+  return lost < NEAR ? "near" : "why_answer";
+}
+
+/** Ask the rows of conformance.jsonl again. Returns {rows, same, near, largest, first, why}. */
 async function conform(model, rows, onProgress = () => {}) {
-  const told = { rows: rows.length, same: 0, largest: 0, first: null, why: null };
+  const told = { rows: rows.length, same: 0, near: 0, largest: 0, first: null, why: null };
   for (const [done, row] of rows.entries()) {
     const result = await model.ask(textOf(row, model.task));
-    const ids = row.prompt_ids.length === result.ids.length && row.prompt_ids.every((id, i) => id === result.ids[i]);
-    const why = result.prompt !== row.prompt ? "why_prompt" : !ids ? "why_ids" : result.answer !== row.answer ? "why_answer" : null;
+    const why = compare(row, result);
     if (why === null) told.same++;
+    else if (why === "near") told.near++;
     else if (told.first === null) [told.first, told.why] = [row.id, why];
     for (const [i, word] of model.words.entries())
       told.largest = Math.max(told.largest, Math.abs(result.scores[i] - row.labels[word].log_probability));
@@ -805,7 +818,7 @@ async function checkAnswers() {
     progress(0);
     const told = await conform(model, app.checks, progress);
     const values = { ...told, largest: told.largest.toFixed(3), why: told.why && say(told.why) };
-    tell("check_said", say(told.first === null ? "check_good" : "check_bad", values));
+    tell("check_said", say(told.first !== null ? "check_bad" : told.near > 0 ? "check_near" : "check_good", values));
     Object.assign($("check").dataset, told);
   });
 }
