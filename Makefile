@@ -73,7 +73,7 @@ test-slurm: setup
 	tests/slurm/install.sh
 	$(BIN)/python -m pytest tests/slurm
 
-# About seventy kills, half an hour; `make test` does a few.
+# About ninety kills, forty minutes; `make test` does a few.
 test-kills: setup
 	$(BIN)/python tests/kill_every_rule.py
 

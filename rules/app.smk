@@ -26,7 +26,7 @@ rule app:
     input:
         **program("make_app"),
         **folder("bundle", "<results>/bundle"),
-        **folder("tokens", "<results>/tokens"),
+        **folder("tokens", SHIPPED_TOKENS),
         **folder("wllama", WLLAMA),
         page=PAGE,
     output:

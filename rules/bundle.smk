@@ -5,8 +5,8 @@
 rule bundle:
     input:
         **program("make_bundle"),
-        **folder("base", BASE_MODEL),
-        **folder("tokens", "<results>/tokens"),
+        **folder("model", SHIPPED_MODEL),
+        **folder("tokens", SHIPPED_TOKENS),
         page="report/bundle.md.j2",
         records=f"<results>/dataset/{SPLIT}.jsonl",
         gguf=f"<results>/{BUNDLED}.gguf",
@@ -32,6 +32,6 @@ rule bundle:
         settings=bundle_settings,
     shell:
         command(
-            "params.settings input.base input.tokens input.records input.gguf input.choice"
+            "params.settings input.model input.tokens input.records input.gguf input.choice"
             " input.predictions input.metrics input.card input.page output=output.bundle"
         )

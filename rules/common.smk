@@ -105,7 +105,13 @@ set_environment(config["hub"], PINS)
 OWN_ADAPTER = config["train"]["adapter"]
 GGUF_BASE = is_gguf(config["model"]["path"])
 KEEP_LAYERS = config["model"]["keep_layers"]
+CHOOSE_LAYERS = isinstance(KEEP_LAYERS, dict)
 VARIANTS = sorted(config["quantize"])
+# What every file is made of: the merged model, or what trim_vocabulary makes of it, with tokens of its own.
+TRIM = config["vocabulary"]["keep"] == "task"
+SHIPPED_MODEL = "<results>/trimmed" if TRIM else "<results>/merged"
+SHIPPED_TOKENS = "<results>/trimmed_tokens" if TRIM else "<results>/tokens"
+VOCABULARY = "<results>/vocabulary.json" if TRIM else []
 # Whether any of them asks for it decides whether the rule is there.
 IMPORTANCE = any(recipe["importance"] for recipe in config["quantize"].values())
 # Without the section best.gguf is made only when it is asked for.
@@ -113,7 +119,11 @@ CHOICE = [] if config["choose"] is None else "<results>/best.gguf"
 BUNDLED = config["bundle"]["file"]
 # Of whose predictions the bundle shows some: which file best.gguf is, stands in best.json.
 BUNDLE_CANDIDATES = VARIANTS if BUNDLED == "best" else [BUNDLED]
-STAGES = ["tfidf", "base", "adapter", "merged", "f16", *VARIANTS]
+STAGES = [
+    *["tfidf", "base", "adapter", "merged"],
+    *(["trimmed"] if TRIM else []),
+    *["f16", *VARIANTS],
+]
 SPLIT = config["evaluate"]["split"]
 RESULTS = config.get("pathvars", {}).get("results", "results")
 TEACHER = config["train"].get("teacher") or {}
@@ -139,6 +149,11 @@ def fetch_settings(wildcards):
         key: value for key, value in config["model"].items() if key != "keep_layers"
     }
     return json.dumps({"model": model}, sort_keys=True, ensure_ascii=False)
+
+
+def layers_to_keep(wildcards):
+    """Return how many layers are kept, or which, or that a measurement chooses them."""
+    return json.dumps(KEEP_LAYERS, sort_keys=True)
 
 
 def dataset_settings(wildcards):
@@ -309,11 +324,13 @@ def dataset_files():
 JOBS = [
     "fetch_dataset",
     "tokenize",
+    *(["measure_layers"] if CHOOSE_LAYERS else []),
     *(["shrink_model"] if KEEP_LAYERS else []),
     "check_base",
     *(["score_teacher"] if TEACHER else []),
     "import_adapter" if OWN_ADAPTER else "train",
     "merge",
+    *(["trim_vocabulary", "tokenize_trimmed"] if TRIM else []),
     "convert",
     "check_parity",
     *(["measure_importance"] if IMPORTANCE else []),

@@ -1,10 +1,58 @@
 # GGUF files: 16-bit by llama.cpp's converter, then a quantized file for each variant.
 
 
+if TRIM:
+
+    rule trim_vocabulary:
+        input:
+            **program("trim_vocabulary"),
+            **folder("model", "<results>/merged"),
+            **folder("tokens", "<results>/tokens"),
+            train="<results>/dataset/train.jsonl",
+            test="<results>/dataset/test.jsonl",
+        output:
+            trimmed=directory(SHIPPED_MODEL),
+            manifest=f"{SHIPPED_MODEL}.sha256",
+            vocabulary=VOCABULARY,
+        log:
+            "<results>/logs/trim_vocabulary.log",
+        benchmark:
+            "<results>/benchmarks/trim_vocabulary.tsv"
+        conda:
+            "../envs/train.yaml"
+        resources:
+            mem_mb=memory(4000, "merge"),
+            runtime="30m",
+        params:
+            settings=settings("vocabulary", "task", "dataset"),
+        shell:
+            command(
+                "params.settings input.model input.tokens input.train input.test"
+                " output=output.trimmed output.vocabulary"
+            )
+
+    # A text that train has not may fall apart into other tokens than before.
+    use rule tokenize as tokenize_trimmed with:
+        input:
+            **program("tokenize_dataset"),
+            **folder("model", SHIPPED_MODEL),
+            train="<results>/dataset/train.jsonl",
+            validation="<results>/dataset/validation.jsonl",
+            test="<results>/dataset/test.jsonl",
+        output:
+            tokens=directory(SHIPPED_TOKENS),
+            manifest=f"{SHIPPED_TOKENS}.sha256",
+        log:
+            "<results>/logs/tokenize_trimmed.log",
+        benchmark:
+            "<results>/benchmarks/tokenize_trimmed.tsv"
+
+
 rule convert:
     input:
         **program("convert_model"),
-        **folder("model", "<results>/merged"),
+        **folder("model", SHIPPED_MODEL),
+        **(folder("whole", "<results>/merged") if TRIM else {"whole": []}),
         **folder("adapter", "<results>/adapter"),
         **folder("converter", CONVERTER),
     output:
@@ -22,7 +70,8 @@ rule convert:
         settings=settings("model", "dataset", "task", "card"),
     shell:
         command(
-            "input.model input.adapter input.converter params.settings output=output.gguf"
+            "input.model input.whole input.adapter input.converter params.settings"
+            " output=output.gguf"
         )
 
 
@@ -32,8 +81,9 @@ rule check_parity:
         **program("check_parity"),
         **folder("base", BASE_MODEL),
         **folder("adapter", "<results>/adapter"),
-        **folder("model", "<results>/merged"),
-        **folder("tokens", "<results>/tokens"),
+        **folder("model", SHIPPED_MODEL),
+        **folder("tokens", SHIPPED_TOKENS),
+        vocabulary=VOCABULARY,
         gguf="<results>/f16.gguf",
         records="<results>/dataset/test.jsonl",
     output:
@@ -52,8 +102,8 @@ rule check_parity:
         settings=settings("task", "dataset", "card"),
     shell:
         command(
-            "params.settings input.base input.adapter input.model input.gguf input.tokens"
-            " input.records threads output=output.parity"
+            "params.settings input.base input.adapter input.model input.vocabulary input.gguf"
+            " input.tokens input.records threads output=output.parity"
         )
 
 

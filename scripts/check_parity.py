@@ -3,7 +3,8 @@
 Checked are token ids, vocabulary, special tokens, chat template, stored tensors, logits, the merge
 itself, and that answers stop. One that fails stops the workflow, with its cause and the remedy.
 
-Input   base model, adapter, merged model, f16.gguf; the folder tokens/; test.jsonl, its texts
+Input   base model, adapter, merged model (or what trim_vocabulary.py made of it, with its vocabulary.json),
+        f16.gguf; the folder tokens/ of the latter; test.jsonl, its texts
 Output  parity.json: {"passed", "checks": [{"name", "passed", "detail", its numbers}]}
 """
 
@@ -20,7 +21,7 @@ from pockettune.common import program
 from pockettune.common.errors import UserError
 from pockettune.data.prompts import Example, Examples, take_evenly
 from pockettune.data.records import read_records
-from pockettune.models.folder import load_tokenizer
+from pockettune.models.folder import load_tokenizer, read_kept
 from pockettune.parity import computed, stored
 from pockettune.parity.stored import Result
 from pockettune.runtimes.exact import load_exact
@@ -51,6 +52,7 @@ def check_parity(
     records: Path,
     threads: int,
     output: Path,
+    vocabulary: Path | None = None,
 ) -> None:
     """Run every check; write `output` where all pass, else name all that failed in one error."""
     torch.set_num_threads(threads)
@@ -59,7 +61,9 @@ def check_parity(
     if settings["card"]["template"] == "task":
         task = load_task(settings["task"], settings["dataset"])
         asked = Asked(task, {r["id"]: r[task.text_field] for r in read_records(records)})
-    results = run_checks(base, adapter, model, gguf, examples, tokens, threads, asked)
+    results = run_checks(
+        base, adapter, model, gguf, examples, tokens, threads, read_kept(vocabulary), asked
+    )
     program.write_json(output, {"passed": True, "checks": results})
 
 
@@ -71,17 +75,19 @@ def run_checks(
     examples: Sequence[Example],
     tokens: Path,
     threads: int,
+    kept: Sequence[int] | None = None,
     asked: Asked | None = None,
 ) -> list[Result]:
     """Return the results of every check; all that failed are named in one UserError.
 
-    Without `asked` the file must store the chat template of the merged folder.
+    `kept` are the base's ids of a trimmed vocabulary's tokens, in their order. Without `asked` the file
+    must store the chat template of the model's folder.
     """
     answers = program.read_json(tokens / "answers.json")["ids"]
     with LlamaModel(gguf, threads) as llama:
         results = [
-            *check_file(llama, base, model, gguf, examples, answers, asked),
-            *check_computed(llama, base, adapter, model, examples, answers),
+            *check_file(llama, base, model, gguf, examples, answers, kept, asked),
+            *check_computed(llama, base, adapter, model, examples, answers, kept),
         ]
     for result in results:
         mark = "passed" if result["passed"] else "FAILED"
@@ -102,6 +108,7 @@ def check_file(
     gguf: Path,
     examples: Sequence[Example],
     answers: list[list[int]],
+    kept: Sequence[int] | None,
     asked: Asked | None,
 ) -> list[Result]:
     """Run the checks for which nothing is computed."""
@@ -113,7 +120,7 @@ def check_file(
     )
     return [
         stored.check_token_ids(llama, tokenizer, examples),
-        stored.check_vocabulary(llama, base, model),
+        stored.check_vocabulary(llama, base, model, kept),
         stored.check_special_tokens(
             llama, tokenizer, {ids[-1] for ids in answers}, examples[0].prompt_ids
         ),
@@ -129,6 +136,7 @@ def check_computed(
     model: Path,
     examples: Sequence[Example],
     answers: list[list[int]],
+    kept: Sequence[int] | None,
 ) -> list[Result]:
     """Run the checks that compare what the models compute, one PyTorch model at a time."""
     prompts = [example.prompt_ids for example in take_evenly(examples, PROMPTS_COMPUTED)]
@@ -144,7 +152,7 @@ def check_computed(
     merged = computed.logits_of_torch(exact, prompts)
     expected = computed.generate_greedy(exact, few, limit, ends)
     del exact  # before the base is loaded beside it
-    plain, adapted = computed.logits_of_adapter(base, adapter, prompts)
+    plain, adapted = computed.logits_of_adapter(base, adapter, prompts, kept)
     return [
         computed.check_logits(found, merged, first),
         computed.check_merge(merged, adapted, plain, first),
@@ -160,6 +168,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True, help="base model's folder")
     parser.add_argument("--adapter", type=Path, required=True, help="PEFT adapter folder")
     parser.add_argument("--model", type=Path, required=True, help="merged model's folder")
+    parser.add_argument("--vocabulary", type=Path, nargs="?", help="of a trimmed model")
     parser.add_argument("--gguf", type=Path, required=True, help="F16 GGUF file")
     parser.add_argument("--tokens", type=Path, required=True, help="folder of tokenize_dataset.py")
     parser.add_argument("--records", type=Path, required=True, help="test.jsonl")
@@ -168,8 +177,9 @@ def main() -> None:
 
     def work(a: argparse.Namespace) -> None:
         check_parity(
-            a.settings, a.base, a.adapter, a.model, a.gguf, a.tokens, a.records, a.threads, a.output
-        )
+            a.settings, a.base, a.adapter, a.model, a.gguf, a.tokens, a.records, a.threads, a.output,
+            a.vocabulary,
+        )  # fmt: skip
 
     program.run(parser, work)
 

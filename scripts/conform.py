@@ -1,7 +1,8 @@
 """Replay a bundle's rows against a server and say whether it answers as was scored, or why not.
 
 Any address that speaks OpenAI's API: llama-server, Ollama, LM Studio, llamafile, llama-cpp-python's.
-It is asked as a chat program asks it. Exit status 2 where rows are answered otherwise.
+It is asked as a chat program asks it, with nothing but the text: at the server's own temperature, unless
+--greedy sends one. Exit status 2 where rows are answered otherwise.
 
 Input   a bundle of make_bundle.py: task.json and conformance.jsonl
 """
@@ -28,9 +29,11 @@ SECONDS = 300  # for an answer: a small board loads the model first
 class Address:
     """A server at an address, as conformance.Server."""
 
-    def __init__(self, address: str, model: str | None, max_tokens: int, stop: str) -> None:
+    def __init__(
+        self, address: str, model: str | None, greedy: bool, max_tokens: int, stop: str
+    ) -> None:
         self.address = address.rstrip("/").removesuffix("/v1")
-        self.common: dict[str, Any] = {"max_tokens": max_tokens}
+        self.common: dict[str, Any] = {"max_tokens": max_tokens, **(GREEDY if greedy else {})}
         self.stop = stop
         # Ollama and LM Studio hold several models, the others leave the name unread.
         if name := model or self._first_model():
@@ -93,16 +96,16 @@ def read_reply(reply: Mapping[str, Any], text: str) -> Reply:
         if "id" in entry:
             found[entry["id"]] = entry["logprob"]
     counted = (reply.get("usage") or {}).get("prompt_tokens")
-    return Reply(text, choice.get("finish_reason") != "length", counted or None, found)
+    return Reply(text, counted or None, found)
 
 
-def conform(bundle: Path, address: str, model: str | None) -> None:
+def conform(bundle: Path, address: str, model: str | None, greedy: bool) -> None:
     """Say whether all rows are answered as scored; UserError names the cause where some are not."""
     task, rows = (bundle / name for name in ("task.json", "conformance.jsonl"))
     if missing := [path.name for path in (task, rows) if not path.is_file()]:
         raise UserError(f"{bundle} is no bundle: {', '.join(missing)} is missing; make one first")
     told, asked = program.read_json(task), list(read_records(rows))
-    server = Address(address, model, told["max_tokens"], told["stop"])
+    server = Address(address, model, greedy, told["max_tokens"], told["stop"])
     try:
         verdict = replay(told, asked, server)
     except urllib.error.HTTPError as error:
@@ -110,6 +113,10 @@ def conform(bundle: Path, address: str, model: str | None) -> None:
         raise UserError(
             f"{address} refuses {error.url.removeprefix(server.address)}: {error.code} {error.reason}: {words};"
             " see the server's log, or name the model by --model"
+        ) from error
+    except (LookupError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{address} does not answer as OpenAI's API does: {error!r} in its reply; give another --address"
         ) from error
     sentence = f"{address}: {describe(verdict, len(asked), told['stop'])}"
     if verdict.wrong:
@@ -122,7 +129,10 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, required=True, help="folder of make_bundle.py")
     parser.add_argument("--address", required=True, help="such as http://127.0.0.1:8080")
     parser.add_argument("--model", help="name in the server; else the first that it lists")
-    program.run(parser, lambda a: conform(a.bundle, a.address, a.model))
+    parser.add_argument(
+        "--greedy", action="store_true", help="send temperature 0, as the bundle's README does"
+    )
+    program.run(parser, lambda a: conform(a.bundle, a.address, a.model, a.greedy))
 
 
 if __name__ == "__main__":

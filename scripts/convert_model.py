@@ -5,7 +5,7 @@ the task's prompt and labels in pockettune.*, with the temperature by which log 
 divided, where training found one; quantizing carries them on. It asks rightly by itself, too: its chat
 template is the task's own, and its sampling takes the likeliest token.
 
-Input   a model folder; the folder that fetch_converter.py made
+Input   a model folder, and the one it was trimmed from, if it was; the folder that fetch_converter.py made
 Output  f16.gguf
 """
 
@@ -46,14 +46,18 @@ def convert_model(
     settings: Mapping[str, Any],
     output: Path,
     temperature: float | None = None,
+    whole: Path | None = None,
 ) -> None:
-    """Write `model` as an F16 GGUF file and read it back."""
+    """Write `model` as an F16 GGUF file and read it back.
+
+    The converter recognises a tokenizer by the ids of a test text: of a trimmed one, `whole` has them.
+    """
     shapes = tensor_shapes(model)
     template = task_template(model, settings)
     # Vectors are stored as F32. The vocabulary comes on top: 6 MB of Qwen2.5's.
     needed = sum(math.prod(shape) * (2 if len(shape) > 1 else 4) for shape in shapes.values())
     with program.staged(output, needed) as partial:
-        run_converter(model, converter, settings, partial, temperature, template)
+        run_converter(model, converter, settings, partial, temperature, template, whole)
         check_tensors(partial, shapes)
     program.logger.info("%s: %d tensors, %.1f MB", output, len(shapes), output.stat().st_size / 1e6)
 
@@ -73,6 +77,7 @@ def run_converter(
     output: Path,
     temperature: float | None,
     template: str | None,
+    whole: Path | None,
 ) -> None:
     """Run convert_hf_to_gguf.py in this process, teaching it tokenizers of one's own."""
     sys.path[:0] = [str(converter), str(converter / "gguf-py")]
@@ -80,7 +85,7 @@ def run_converter(
     import gguf
 
     text_model = conversion.base.TextModel
-    recognise = named_by_pattern(model, text_model.get_vocab_base_pre)
+    recognise = named_by_pattern(model, text_model.get_vocab_base_pre, whole)
     arguments = ["convert_hf_to_gguf.py", str(model), "--outtype", "f16",
                  "--outfile", str(output)]  # fmt: skip
     with (
@@ -179,11 +184,19 @@ def storing(writer: Any, template: str | None) -> Callable[..., None]:
     return write if template is None else lambda self, _: write(self, template)
 
 
-def named_by_pattern(model: Path, by_checksum: Callable[..., str]) -> Callable[..., str]:
-    """Return `by_checksum`, falling back on the pattern in the model's tokenizer.json."""
+def named_by_pattern(
+    model: Path, by_checksum: Callable[..., str], whole: Path | None = None
+) -> Callable[..., str]:
+    """Return `by_checksum`, falling back on the pattern in the model's tokenizer.json.
+
+    The checksum is of `whole`'s tokenizer, where the model was trimmed from it.
+    """
+    from transformers import AutoTokenizer
 
     def recognise(self: Any, tokenizer: Any) -> str:
         try:
+            if whole:
+                tokenizer = AutoTokenizer.from_pretrained(whole, trust_remote_code=False)
             return by_checksum(self, tokenizer)
         except NotImplementedError:
             pattern = split_pattern(model / "tokenizer.json")
@@ -217,6 +230,7 @@ def read_temperature(adapter: Path | None) -> float | None:
 def main() -> None:
     parser = program.argument_parser(__doc__)
     parser.add_argument("--model", type=Path, required=True, help="merged model's folder")
+    parser.add_argument("--whole", type=Path, nargs="?", help="the folder it was trimmed from")
     parser.add_argument("--adapter", type=Path, help="its adapter, whose temperature is noted")
     parser.add_argument("--converter", type=Path, required=True, help="folder of the converter")
     parser.add_argument(
@@ -225,7 +239,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="GGUF file to write")
 
     def work(a: argparse.Namespace) -> None:
-        convert_model(a.model, a.converter, a.settings, a.output, read_temperature(a.adapter))
+        temperature = read_temperature(a.adapter)
+        convert_model(a.model, a.converter, a.settings, a.output, temperature, a.whole)
 
     program.run(parser, work)
 

@@ -1,6 +1,6 @@
 """Put a GGUF file together with all that a phone or a chat program needs to ask it rightly.
 
-Input   a GGUF file, its predictions, the rows they are of, the folders of base model and tokens,
+Input   a GGUF file, its predictions, the rows they are of, the folders of its model and its tokens,
         metrics.json, card.md; best.json where the file is the chosen one
 Output  a folder: model.gguf, task.json, conformance.jsonl (rows that show whether a program answers as
         was scored), Modelfile, labels.gbnf, llama-server.ini, README.md, card.md, LICENSE.txt, SHA256SUMS
@@ -8,8 +8,10 @@ Output  a folder: model.gguf, task.json, conformance.jsonl (rows that show wheth
 
 import argparse
 import json
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from pockettune.data.serving import (
     write_modelfile,
     write_preset,
 )
-from pockettune.data.task_template import find_frame
+from pockettune.data.task_template import Frame, find_frame
 from pockettune.evaluation.conformance import ROWS, messages_of
 from pockettune.evaluation.scoring import decisive_prefixes
 from pockettune.models.folder import load_tokenizer
@@ -36,6 +38,9 @@ from pockettune.runtimes.llama import LlamaModel
 from pockettune.tasks import Task, load_task
 
 MODEL = "model.gguf"
+LICENCE = """The model is made of a base model under this licence: {}
+Its text: https://spdx.org/licenses/, and beside the base model that card.md names.
+"""
 SPARE = 4  # tokens beyond the longest answer, should it be written in others
 
 
@@ -43,7 +48,7 @@ def make_bundle(a: argparse.Namespace) -> None:
     """Write the folder `a.output`."""
     settings = a.settings
     task = load_task(settings["task"], settings["dataset"])
-    tokenizer = load_tokenizer(a.base)
+    tokenizer = load_tokenizer(a.model)
     frame = find_frame(tokenizer, task)
     answers = program.read_json(a.tokens / "answers.json")
     stop = program.read_json(a.tokens / "chat.json")["end"]
@@ -69,12 +74,12 @@ def make_bundle(a: argparse.Namespace) -> None:
         write_lines(folder / "conformance.jsonl", rows)
         words = answers["words"]
         texts = {
-            "Modelfile": write_modelfile(MODEL, frame, bos, stop, max_tokens, context),
+            "Modelfile": write_modelfile(MODEL, sent(frame, told), bos, stop, max_tokens, context),
             "labels.gbnf": write_grammar(words),
             "llama-server.ini": write_preset(MODEL, max_tokens, context),
             "README.md": write_page(a.page, told, rows, a.output),
             "card.md": a.card.read_text(encoding="utf-8"),
-            "LICENSE.txt": licence(a.base, settings["card"]["license"]),
+            "LICENSE.txt": LICENCE.format(settings["card"]["license"]),
         }
         for file, text in texts.items():
             (folder / file).write_text(text, encoding="utf-8")
@@ -134,8 +139,18 @@ def write_page(
         "max_tokens": task["max_tokens"],
     }
     request = json.dumps(body, ensure_ascii=False, indent=2)
-    content = {"task": task, "rows": len(rows), "request": request, "folder": output}
+    content = {
+        "task": task,
+        "rows": len(rows),
+        "request": request,
+        "folder": shlex.quote(str(output)),
+    }
     return render_page(template, content, {})
+
+
+def sent(frame: Frame, task: Mapping[str, Any]) -> Frame:
+    """Return the frame of what a program sends: the text, or the whole prompt where the file adds none."""
+    return frame if task["template"] == "task" else replace(frame, parts=("", ""))
 
 
 def describe_trust(stage: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,16 +164,6 @@ def describe_trust(stage: Mapping[str, Any]) -> dict[str, Any]:
         "threshold": None,
         "coverage": fitted["coverage"],
     }
-
-
-def licence(base: Path, name: str) -> str:
-    """Return the text of the base model's licence where it lies in its folder, else its name."""
-    for path in sorted(base.glob("LICENSE*")):
-        return path.read_text(encoding="utf-8")
-    return (
-        f"The model is made of a base model under this licence: {name}\n"
-        f"Its text: https://spdx.org/licenses/, and in the base model's repository.\n"
-    )
 
 
 def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -179,7 +184,7 @@ def main() -> None:
         "--settings", type=json.loads, required=True,
         help="sections task, dataset, tokenize, card, bundle; evaluate.split",
     )  # fmt: skip
-    parser.add_argument("--base", type=Path, required=True, help="base model's folder")
+    parser.add_argument("--model", type=Path, required=True, help="folder the file was made of")
     parser.add_argument("--tokens", type=Path, required=True, help="folder of tokenize_dataset.py")
     parser.add_argument("--records", type=Path, required=True, help="rows that were evaluated")
     parser.add_argument("--gguf", type=Path, required=True, help="file to bundle")

@@ -1,6 +1,6 @@
 """Render one self-contained page, and a model card, from what the other programs wrote.
 
-Input   metrics.json, flips.json, parity.json, audit.json, speed of each file, tokens/, adapter/, the
+Input   metrics.json, flips.json, parity.json, audit.json, speed of each file, the files' tokens/, adapter/, the
         base model's folder, benchmark files
 Output  report.html: works offline, no script, nothing loaded from anywhere
         card.md: the model card for a hub, with the same numbers
@@ -33,6 +33,8 @@ def gather(arguments: argparse.Namespace) -> dict[str, Any]:
     training = program.read_json(arguments.adapter / "training.json")
     if "imported_from" in training:
         training["imported_from"] = last_part(training["imported_from"])
+    if training.get("teacher"):
+        training["teacher"] = name_teacher(training["teacher"])
     source = program.read_json(arguments.base / "source.json")
     if settings["model"]["path"]:  # else it is owner/name@revision
         source["origin"] = last_part(source["origin"])
@@ -61,6 +63,7 @@ def gather(arguments: argparse.Namespace) -> dict[str, Any]:
         "training": training,
         "audit": audit,
         "tokens": program.read_json(arguments.tokens / "statistics.json"),
+        "vocabulary": program.read_json(arguments.vocabulary) if arguments.vocabulary else None,
         "chat": program.read_json(arguments.tokens / "chat.json"),
         "jobs": read_benchmarks(arguments.benchmarks),
         "source": source,
@@ -80,7 +83,14 @@ def without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
         dataset["files"] = {split: last_part(path) for split, path in dataset["files"].items()}
     if train["adapter"]:
         train["adapter"] = last_part(train["adapter"])
+    if train.get("teacher"):
+        train["teacher"] = name_teacher(train["teacher"])
     return {**settings, "model": model, "dataset": dataset, "train": train}
+
+
+def name_teacher(teacher: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the section train.teacher with the names of its files alone."""
+    return {k: last_part(v) if isinstance(v, str) else v for k, v in teacher.items()}
 
 
 def last_part(path: str) -> str:
@@ -93,7 +103,7 @@ def render(template: Path, content: Mapping[str, Any]) -> str:
     filters: dict[str, Any] = {
         "percent": percent, "megabytes": megabytes, "duration": duration, "points": points,
         "scientific": scientific, "fenced": fenced, "quoted": quoted, "claim": say,
-        "why": say_why,
+        "why": say_why, "choice_of_layers": say_choice_of_layers,
     }  # fmt: skip
     return render_page(template, content, filters)
 
@@ -175,6 +185,15 @@ def scientific(value: float | None) -> str:
     return "–" if value is None else f"{value:.1e}" if 0 < abs(value) < 0.001 else f"{value:.4f}"
 
 
+def say_choice_of_layers(choice: Mapping[str, Any]) -> str:
+    """Return by which measurement layers were chosen, out of the base's source.json."""
+    tail, greedy = (scientific(choice["label_kl"][way]) for way in ("tail", "greedy"))
+    return (
+        f"{choice['chosen']} chosen on {count(choice['rows'], 'row')} of validation by label KL against"
+        f" the whole base: tail {tail}, greedy {greedy}"
+    )
+
+
 def quoted(text: str) -> str:
     """Return a text as JSON writes it, so that the line breaks at its end can be seen and copied."""
     return json.dumps(text, ensure_ascii=False)
@@ -208,6 +227,7 @@ def main() -> None:
     parser.add_argument("--parity", type=Path, required=True, help="parity.json")
     parser.add_argument("--speed", type=Path, nargs="+", required=True)
     parser.add_argument("--audit", type=Path, required=True, help="audit.json")
+    parser.add_argument("--vocabulary", type=Path, nargs="?", help="of a trimmed model")
     parser.add_argument("--tokens", type=Path, required=True, help="folder of tokenize_dataset.py")
     parser.add_argument("--adapter", type=Path, required=True, help="folder of train_adapter.py")
     parser.add_argument("--base", type=Path, required=True, help="folder of fetch_model.py")

@@ -110,6 +110,14 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def bundle(finished_run: Path) -> Path:
+    """The bundle of the small run's chosen file, beside its other results."""
+    result = run_snakemake(finished_run, *SMALL, "--", "results/small/bundle")
+    assert result.returncode == 0, result.stdout[-3000:]
+    return finished_run / "results/small/bundle"
+
+
 # All of it may stand in a file's name, and each shell word of it would leave a file behind.
 HOSTILE = """我的 '集' "x" $(touch pwned-1) `touch pwned-2`; touch pwned-3 & #*?[a]\\ ~!"""
 # A folder from which the datasets library reads too: it takes *, ? and [ for patterns.

@@ -22,9 +22,10 @@ from pockettune.common import program
 from pockettune.common.errors import UserError
 from pockettune.data.prompts import ExampleMaker, write_examples
 from pockettune.data.records import read_records, write_records
+from pockettune.data.trial_texts import HARD_TEXTS
 from pockettune.models.folder import load_tokenizer
 from pockettune.parity.computed import check_merge, check_stops, compare_logits
-from pockettune.parity.stored import HARD_TEXTS, check_special_tokens
+from pockettune.parity.stored import check_special_tokens
 from pockettune.tasks import load_task
 from test_merge import make_adapter
 

@@ -15,9 +15,9 @@ from pockettune.common.errors import UserError
 from pockettune.data.chat import control_tokens, render_chat
 from pockettune.data.prompts import render_prompt, starts_pattern
 from pockettune.data.task_template import find_frame, with_text, write_template
+from pockettune.data.trial_texts import HARD_TEXTS
 from pockettune.gguf.files import read_gguf
 from pockettune.models.folder import load_tokenizer
-from pockettune.parity.stored import HARD_TEXTS
 from pockettune.tasks import load_task
 from test_chat import (
     ASK,

@@ -20,8 +20,8 @@ NEAR = 0.5
 ASKED_AGAIN = 8  # rows that are asked in other ways
 
 CAUSES = {
-    "sampling": "the server samples; with temperature 0 it answers as scored: send temperature 0, or set it so"
-    " in the server",
+    "sampling": "the server samples; with temperature 0 it answers as scored: send temperature 0 (conform --greedy"
+    " does), or set it so in the server",
     "stop": "answers begin as scored and go on: the server does not stop at {stop}; give it as a stop word",
     "template": "the server does not use the file's chat template but one of its own: switch that to Jinja, to"
     " the template in the file",
@@ -39,7 +39,6 @@ class Reply:
     """What a server answered."""
 
     text: str
-    ended: bool = True  # and not cut at max_tokens
     prompt_tokens: int | None = None  # as the server counted them
     first: Mapping[int | str, float] = field(
         default_factory=dict

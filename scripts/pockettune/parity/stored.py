@@ -17,8 +17,9 @@ from pockettune.common.errors import list_faults
 from pockettune.data.chat import control_tokens, render_chat
 from pockettune.data.prompts import Example, encode, render_prompt, starts_pattern, take_evenly
 from pockettune.data.task_template import with_text
+from pockettune.data.trial_texts import HARD_TEXTS
 from pockettune.gguf.files import list_tensors, read_vectors, tensor_faults
-from pockettune.models.folder import embedding_shape, read_header, tensor_shapes, weight_files
+from pockettune.models.folder import embedding_rows, read_header, tensor_shapes, weight_files
 from pockettune.runtimes.llama import LlamaModel
 from pockettune.tasks import Message, Task
 
@@ -29,25 +30,6 @@ Result = dict[str, Any]
 
 POSITIONS = "position_embd.weight"  # learned (GPT-2), which the converter stores as F32
 TOKENS_OF_VOCABULARY, TOKENS_A_TEXT = 512, 16
-
-# Where tokenizers have been seen to part: what splits, what is normalized, what is special.
-HARD_TEXTS = (
-    "",
-    "这家酒店的早餐很丰富，但是房间太小了。",
-    "這家酒店的早餐很豐富，但是房間太小了。",
-    "生僻字：𠮷𡈽龘靐，魑魅魍魉",
-    "日本語のカタカナ、한국어, ไทย, العربية, עברית",
-    "😀 👍🏽 👨‍👩‍👧‍👦 🇨🇳 ❤️",
-    "两个  三个   七个       空格 ",
-    "   行首\n\n\n换行\r\n回车\t\t制表\n  ",
-    "ＡＢＣ　１２３，全角！（）：；“”‘’《》……——",
-    "价格1234567.89元，2024年12月31日，电话010-88886666，①②③ ½ ٣",
-    "e\u0301 n\u0303 q\u0303 क्षि \u1112\u1161\u11ab \uf900",  # some of it is changed by NFC
-    "I'll say it's OK, IT'S 100% PERFECT: don't-you_think? (yes/no) http://a.cn/?q=1&b=2",
-    "前台Service很差wifi连不上VIP会员no.1",
-    "\u200b零宽\u00a0不换行\ufeff",
-    "!!!???。。。~~~***===>>>#$%^&@`|\\",
-)
 
 CAUSES = {
     "token_ids": "cause: the pre-tokenizer or the vocabulary differs; remedy: tokenizer.json must be"
@@ -183,23 +165,26 @@ def show(text: str, limit: int = 48) -> str:
     return json.dumps(shown, ensure_ascii=False).replace(" ", "␣")
 
 
-def check_vocabulary(llama: LlamaModel, base: Path, model: Path) -> Result:
-    """Compare the file's tokens with the rows of the embeddings of the merged and the base model."""
+def check_vocabulary(
+    llama: LlamaModel, base: Path, model: Path, kept: Sequence[int] | None = None
+) -> Result:
+    """Compare the file's tokens with the rows of the embeddings of the merged and the base model.
+
+    Of a trimmed vocabulary `kept` are the base's rows that were kept.
+    """
     rows = {"merged": embedding_rows(model), "base": embedding_rows(base)}
+    left_out = 0 if kept is None else rows["base"] - len(kept)
     size = llama.vocabulary_size
     faults = [
         f"the GGUF has {size} tokens, the {name} model's embedding {count} rows ({size - count:+d})"
-        for name, count in rows.items()
+        for name, count in (("merged", rows["merged"]), ("base", rows["base"] - left_out))
         if count != size
     ]
-    return make_result("vocabulary", faults, f"{size} tokens in the GGUF, merged and base model",
+    detail = f"{size} tokens in the GGUF, merged and base model"
+    if kept is not None:
+        detail = f"{size} tokens in the GGUF and the trimmed model, of the base's {rows['base']}"
+    return make_result("vocabulary", faults, detail,
                        tokens=size, merged_rows=rows["merged"], base_rows=rows["base"])  # fmt: skip
-
-
-def embedding_rows(folder: Path) -> int:
-    shape = embedding_shape(tensor_shapes(folder))
-    assert shape is not None  # check_model_folder refused a base without one
-    return shape[0]
 
 
 def check_special_tokens(
