@@ -30,7 +30,8 @@ def make_app(a: argparse.Namespace) -> None:
     with program.staged(a.output, needed=model.stat().st_size) as partial:
         partial.mkdir()
         bundled = [a.bundle / name for name in (MODEL, "task.json", "conformance.jsonl")]
-        for path in [*a.page, *sorted(a.wllama.iterdir()), *bundled]:
+        # Snakemake leaves a hidden file of its own in folders.
+        for path in [*a.page, *sorted(a.wllama.glob("[!.]*")), *bundled]:
             shutil.copyfile(path, partial / path.name)
         shutil.copyfile(a.bundle / "LICENSE.txt", partial / "model-LICENSE.txt")
         program.write_json(partial / "app.json", describe_app(a.settings, a.bundle, a.tokens))
