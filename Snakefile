@@ -32,6 +32,7 @@ include: "rules/train.smk"
 include: "rules/export.smk"
 include: "rules/evaluate.smk"
 include: "rules/bundle.smk"
+include: "rules/app.smk"
 include: "rules/demo.smk"
 
 

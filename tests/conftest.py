@@ -16,8 +16,9 @@ from small_run import write_run
 
 ROOT = Path(__file__).parent.parent
 CONVERTER = ROOT / "resources/llama.cpp-0.3.36"
-# What the converter is taken from.
+# What the converter is taken from, and the app's llama.cpp for browsers.
 ARCHIVE = ROOT / "resources/downloads/llama_cpp_python-0.3.36.tar.gz"
+WLLAMA_ARCHIVE = ROOT / "resources/downloads/wllama-wllama-2.3.7.tgz"
 SMALL = ("--configfile", "runs/small.yaml")  # see small_run.py
 
 # No test asks the real hub; one that means to reach a server starts it itself.
@@ -93,9 +94,9 @@ def copy_checkout(target: Path) -> Path:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, target / name)
     shutil.copytree(CONVERTER, target / "resources" / CONVERTER.name)
-    if ARCHIVE.exists():
-        (target / "resources/downloads").mkdir()
-        shutil.copyfile(ARCHIVE, target / "resources/downloads" / ARCHIVE.name)
+    (target / "resources/downloads").mkdir()
+    for archive in filter(Path.exists, (ARCHIVE, WLLAMA_ARCHIVE)):
+        shutil.copyfile(archive, target / "resources/downloads" / archive.name)
     write_run(target)
     return target
 
