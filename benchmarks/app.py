@@ -65,7 +65,8 @@ def describe(told: Mapping[str, Any], size: int, browser: str) -> list[str]:
         "# The page's answers against the scored ones",
         "",
         f"The demo's q4_k_m.gguf ({size:,} bytes) in {browser}, by wllama, against llama-cpp-python's scores of the"
-        f" same file; on {machine()}. Made by `python benchmarks/app.py`.",
+        f" same file; on {machine()}. Made by `python benchmarks/app.py`. A row whose margin is smaller than the"
+        " labels' largest difference may be answered otherwise in another build.",
         "",
         "| rows | prompt and token ids alike | answers alike | log probability: largest difference | mean |"
         " difference of the two labels': largest | smallest margin of a scored row | requests to other hosts | console |",
