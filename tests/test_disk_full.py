@@ -231,7 +231,7 @@ def test_report(check: str, small: Path, tmp_path: Path) -> None:
              "benchmarks")  # fmt: skip
     options: list[str | Path] = ["--settings", "{}", "--templates", page, page, "--html", html, "--card", card,
                *[option for name in files for option in (f"--{name}", "x")]]  # fmt: skip
-    content = "it.gather = lambda _: {'text': '好' * 30_000}"
+    content = "it.gather = lambda *_: {'text': '好' * 30_000}"
     filler = fill(small, left=50_000)
     result = run_patched(f"{content}; {check}", "write_report.py", *options)
     assert result.returncode == 2

@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from conftest import SMALL, run_snakemake
+from pockettune.common.words import Words, english
 from small_run import copy_as_teacher
 
 AFTER_EVALUATION = {"compare": 1, "choose": 1, "report": 1, "all": 1}
@@ -53,7 +54,8 @@ def planned(folder: Path, *arguments: str) -> dict[str, int]:
 @pytest.fixture
 def checkout(finished_run: Path) -> Iterator[Path]:
     """The finished run, its text files put back afterwards."""
-    names = ["config.yaml", "runs/small.yaml", "data/test.csv", "data/base/generation_config.json"]
+    names = ["config.yaml", "runs/small.yaml", "data/test.csv", "data/base/generation_config.json",
+             "report/zh.json"]  # fmt: skip
     paths = [finished_run / n for n in names] + sorted((finished_run / "scripts").rglob("*.py"))
     before = {path: path.read_bytes() for path in paths}
     yield finished_run
@@ -160,12 +162,62 @@ def test_report_tells_of_files_where_none_is_chosen(finished_run: Path) -> None:
     page, card = (render(template, content) for template in templates)
     assert "<h2>Which file?</h2>" in page and "beaten by none" in page
     assert "best.gguf" not in page + card and "(chosen)" not in page
-    assert "That is the smallest file" in page
+    assert "That is the smallest file" in page and "the smallest; none was chosen" in page
     small = {"size_mb": 0.001, "memory_mb": None, "margin": None}
     content = gather_report(finished_run, flips, choose=small)
     page, card = (render(template, content) for template in templates)
     assert "There is no best.gguf: no file is within the budget: " in page
+    assert "the smallest; none is within the budget" in page
     assert "best.gguf" not in card
+
+
+def test_first_screen_answers_before_anything_else(finished_run: Path) -> None:
+    results = finished_run / "results/small"
+    page = html.unescape((results / "report.html").read_text(encoding="utf-8"))
+    choice = json.loads((results / "best.json").read_text())
+    stage = json.loads((results / "metrics.json").read_text())["stages"][choice["chosen"]]
+    (first,) = re.findall(r'<dl class="answers">(.*?)</dl>', page, re.DOTALL)
+    assert page.index("<dl") < page.index("<p") < page.index("<table")
+    found = re.findall(r"<b>(.*?)</b>", first)
+    speed = json.loads((results / f"speed/{choice['chosen']}.json").read_text())
+    assert found[:4] == [
+        f"{choice['chosen']}.gguf",
+        f"{stage['size_bytes'] / 1e6:,.1f} MB",
+        f"{100 * stage['accuracy']:.1f} %",
+        f"{speed['prompt']['mean']:,.0f} tokens/s",
+    ]
+    claim = choice["files"][choice["chosen"]]["verdict"]["claim"]
+    assert found[4] == {"as good": "proved as good", "undecided": "not decided", "worse": "proved worse"}[claim]  # fmt: skip
+    assert "chosen: the smallest" in first if choice["proved"] else "chosen: the closest" in first
+    assert "<code>make app CONFIG=FILE</code>" in first
+
+
+def test_report_and_card_in_chinese_say_the_same(finished_run: Path) -> None:
+    from pockettune.common.words import read_words
+    from write_report import render
+
+    table = finished_run / "report/zh.json"
+    report = {"title": "小试", "language": "zh"}
+    flips = finished_run / "results/small/flips.json"
+    sections: dict[str, Any] = {
+        "choose": {"size_mb": 100, "memory_mb": 100, "margin": None},
+        "report": report,
+    }
+    chinese = gather_report(finished_run, flips, read_words(table), **sections)
+    english = gather_report(finished_run, flips, **sections)
+    sentences = [s for s in json.loads(table.read_text()) if len(s) > 30]
+    for name in ("report.html", "card.md"):
+        template = finished_run / f"report/{name}.j2"
+        page = html.unescape(render(template, chinese, read_words(table)))
+        assert [s for s in sentences if s in page] == [], "English amid the Chinese"
+        told = (page, html.unescape(render(template, english)))
+        numbers = [sorted(re.findall(r"\d+\.\d+", re.sub(r"<svg.*?</svg>", "", t, flags=re.DOTALL))) for t in told]  # fmt: skip
+        assert numbers[0] == numbers[1] and len(numbers[0]) > 30, name
+    page = render(finished_run / "report/report.html.j2", chinese, read_words(table))
+    assert '<html lang="zh">' in page and "哪个文件" in page and "与 16 位文件相比：" in page
+    assert ">准确率，%</text>" in page, (
+        "text of the plots is text, for which the browser has the fonts"
+    )
 
 
 def test_snakemakes_own_report(finished_run: Path, tmp_path: Path) -> None:
@@ -176,7 +228,9 @@ def test_snakemakes_own_report(finished_run: Path, tmp_path: Path) -> None:
     assert "metrics.csv" in text and "One row a stage" in text, "captions are in it"
 
 
-def gather_report(finished_run: Path, flips: Path, **sections: Any) -> dict[str, Any]:
+def gather_report(
+    finished_run: Path, flips: Path, words: Words = english, **sections: Any
+) -> dict[str, Any]:
     """Return what the run's page and card are rendered from, `sections` laid over config.yaml."""
     from write_report import gather
 
@@ -194,7 +248,8 @@ def gather_report(finished_run: Path, flips: Path, **sections: Any) -> dict[str,
             vocabulary=None,
             base=next((finished_run / "resources/models").glob("base@*/")),
             benchmarks=sorted((results / "benchmarks").glob("*.tsv")),
-        )
+        ),
+        words,
     )
 
 
@@ -408,6 +463,8 @@ REBUILDS: dict[str, tuple[Callable[[Path], object], dict[str, int]]] = {
     "numbers spelled another way": (edit_run("train", alpha=16.0, batch_size=32.0, epochs=2.0), {}),
     "a default spelled out": (edit_run("quantize", q8_0={"type": "Q8_0", "pure": False, "importance": False, "tensors": {}}), {}),
     "report.title": (edit_run("report", title="x"), {"report": 1, "all": 1}),
+    "report.language": (edit_run("report", language="zh"), {"report": 1, "all": 1}),
+    "a Chinese sentence, beside an English report": (append("report/zh.json", " "), {}),
     "evaluate.limit": (edit_run("evaluate", limit=50), EVALUATION),
     "evaluate.pytorch_limit": (edit_run("evaluate", pytorch_limit=50),
                                {"evaluate_base": 1, "evaluate_adapter": 1, "evaluate_merged": 1, **AFTER_EVALUATION}),

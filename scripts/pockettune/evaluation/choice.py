@@ -47,27 +47,34 @@ def choose(
     for entry in files.values():
         entry["front"] = not any(is_better(other, entry) for other in files.values())
     candidates = {name: entry for name, entry in files.items() if name != REFERENCE}
+    chosen, proved, why = decide(candidates, limits, words)
+    return {
+        "chosen": chosen, "proved": proved, "why": why, "limits": asdict(limits), "files": files,
+    }  # fmt: skip
+
+
+def decide(
+    candidates: Mapping[str, Any], limits: Limits, words: Words
+) -> tuple[str | None, bool, str]:
+    """Return which of the described files is chosen, whether it is proved as good, and why it is that one."""
     within = {name: entry for name, entry in candidates.items() if not entry["over"]}
     proved = {name: e for name, e in within.items() if e["verdict"]["claim"] == "as good"}
     if proved:
         chosen = min(proved, key=lambda n: (proved[n]["size_bytes"], -proved[n]["bound"], n))
         claim = say(proved[chosen]["verdict"], words)
-        why = words("the smallest within the budget that is {claim}", claim=claim)
-    elif within:
-        chosen = min(within, key=lambda n: (-within[n]["bound"], within[n]["size_bytes"], n))
-        why = words(
-            "no file within the budget is proved as good as F16; this one has the closest bound"
-            " (difference at least {bound} points, margin {margin}): {files}",
-            bound=f"{100 * within[chosen]['bound']:+.2f}",
-            margin=f"{100 * limits.margin:.4g}",
-            files=list_why(candidates, words),
-        )
-    else:
-        chosen = None
-        why = words("no file is within the budget: {files}", files=list_why(candidates, words))
-    return {
-        "chosen": chosen, "proved": bool(proved), "why": why, "limits": asdict(limits), "files": files,
-    }  # fmt: skip
+        return chosen, True, words("the smallest within the budget that is {claim}", claim=claim)
+    files = list_why(candidates, words)
+    if not within:
+        return None, False, words("no file is within the budget: {files}", files=files)
+    chosen = min(within, key=lambda n: (-within[n]["bound"], within[n]["size_bytes"], n))
+    why = words(
+        "no file within the budget is proved as good as F16; this one has the closest bound"
+        " (difference at least {bound} points, margin {margin}): {files}",
+        bound=f"{100 * within[chosen]['bound']:+.2f}",
+        margin=f"{100 * limits.margin:.4g}",
+        files=files,
+    )
+    return chosen, False, why
 
 
 def describe_file(
@@ -79,37 +86,35 @@ def describe_file(
     "verdict" are missing for F16 itself.
     """
     size, memory = entry["size_bytes"], speed["resident_bytes"]
-    over = []
-    if limits.size_mb is not None and size > limits.size_mb * MB:
-        over.append(
-            words(
-                "size {size} MB, choose.size_mb is {limit}",
-                size=f"{size / MB:,.1f}", limit=f"{limits.size_mb:g}",
-            )
-        )  # fmt: skip
-    if limits.memory_mb is not None and memory is None:
-        over.append(
-            words(
-                "memory not measured on this system, choose.memory_mb is {limit}",
-                limit=f"{limits.memory_mb:g}",
-            )
-        )
-    elif limits.memory_mb is not None and memory > limits.memory_mb * MB:
-        over.append(
-            words(
-                "memory {memory} MB, choose.memory_mb is {limit}",
-                memory=f"{memory / MB:,.1f}", limit=f"{limits.memory_mb:g}",
-            )
-        )  # fmt: skip
     told = {
         "size_bytes": size, "memory_bytes": memory, "accuracy": entry["accuracy"],
-        "prompt_rate": speed["prompt"]["mean"], "over": over,
+        "prompt_rate": speed["prompt"]["mean"],
+        "over": broken_limits(size, memory, limits, words),
     }  # fmt: skip
     if paired := entry.get("against_f16"):
         lost, gained, n = paired["lost"], paired["gained"], paired["n"]
         told["bound"] = paired_interval(lost, gained, n, ONE_SIDED)[0]
         told["verdict"] = judge(lost, gained, n, limits.margin)
     return told
+
+
+def broken_limits(size: int, memory: int | None, limits: Limits, words: Words) -> list[str]:
+    """Return which limits a file of this size and memory, in bytes, breaks."""
+    over = []
+    if limits.size_mb is not None and size > limits.size_mb * MB:
+        told = {"size": f"{size / MB:,.1f}", "limit": f"{limits.size_mb:g}"}
+        over.append(words("size {size} MB, choose.size_mb is {limit}", **told))
+    if limits.memory_mb is None:
+        return over
+    limit = f"{limits.memory_mb:g}"
+    if memory is None:
+        over.append(
+            words("memory not measured on this system, choose.memory_mb is {limit}", limit=limit)
+        )
+    elif memory > limits.memory_mb * MB:
+        told = {"memory": f"{memory / MB:,.1f}", "limit": limit}
+        over.append(words("memory {memory} MB, choose.memory_mb is {limit}", **told))
+    return over
 
 
 def is_better(other: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:

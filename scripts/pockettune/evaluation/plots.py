@@ -2,7 +2,7 @@
 
 import io
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -63,23 +63,41 @@ def plot_front(
     axes = figure.subplots()
     files, size_mb = choice["files"], choice["limits"]["size_mb"]
     fastest = max(entry["prompt_rate"] for entry in files.values())
-    for place, (name, entry) in enumerate(files.items()):
+    for name, entry in files.items():
         x, y = entry["size_bytes"] / 1e6, 100 * entry["accuracy"]
         color = COLORS[1] if name == choice["chosen"] else COLORS[0]
         low, high = (100 * bound for bound in intervals[name])
         axes.plot([x, x], [low, high], color=color, alpha=0.4, zorder=1)
         axes.scatter(x, y, s=160 * entry["prompt_rate"] / fastest, edgecolors=color,
                      facecolors=color if entry["front"] else "none")  # fmt: skip
-        # Files of neighbouring sizes, as those of 4 bits are, would write over each other.
-        above = -14 if place % 2 == 0 else 6
-        axes.annotate(name, (x, y), xytext=(8, above), textcoords="offset points")
     if size_mb is not None:
         axes.axvline(size_mb, color=INK, linewidth=0.8, linestyle=":")
     axes.set(xlabel=words("file size, MB"), ylabel=words("accuracy, %"))
     axes.set_xlim(left=0)
     axes.margins(x=0.15, y=0.15)
     axes.ticklabel_format(useOffset=False)
+    points = [(entry["size_bytes"] / 1e6, 100 * entry["accuracy"]) for entry in files.values()]
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    heights = spread_heights(points, near=0.3 * (right - left), gap=0.07 * (top - bottom))
+    for name, (x, _), y in zip(files, points, heights, strict=True):
+        axes.annotate(name, (x, y), xytext=(9, 0), textcoords="offset points", va="center")
     return as_svg(figure)
+
+
+def spread_heights(points: Sequence[tuple[float, float]], near: float, gap: float) -> list[float]:
+    """Return a height for each point's name, at or above the point's own.
+
+    Files of neighbouring sizes (within `near`), as those of 4 bits are, would write over each other.
+    """
+    heights = [y for _, y in points]
+    placed: list[int] = []
+    for i in sorted(range(len(points)), key=lambda i: heights[i]):
+        for j in placed:  # from the lowest up
+            if abs(points[i][0] - points[j][0]) < near and heights[i] - heights[j] < gap:
+                heights[i] = heights[j] + gap
+        placed.append(i)
+        placed.sort(key=lambda k: heights[k])
+    return heights
 
 
 def plot_training(training: Mapping[str, Any], words: Words = english) -> str:
