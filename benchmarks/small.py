@@ -1,12 +1,14 @@
 """Real weights, made small: what layers, a teacher, the type, importance and the vocabulary cost and give.
 
 python benchmarks/small.py data     # writes the rows into benchmarks/scratch/small/
-python benchmarks/small.py page     # writes benchmarks/small.md, of the runs that are finished
+python benchmarks/small.py page     # writes benchmarks/small.md of them
 """
 
 import argparse
 import csv
 import io
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,19 @@ CLEAR = 0.8  # mean ratings nearer to zero are left out, as in the demo
 LONGEST = 30  # words
 UNLABELLED = 600
 MARGIN = 0.005
+
+RESULTS = ROOT / "results"
+SNAKEMAKE = "-m snakemake --configfile benchmarks/small"
+SWEEP = "scripts/run_sweep.py benchmarks/small"
+RUNS = (
+    f"{SNAKEMAKE}/gemma.yaml",
+    f"{SNAKEMAKE}/gemma.yaml benchmarks/small/gemma-trimmed.yaml",
+    f"{SWEEP}/smollm2-depth.yaml",
+    f"{SWEEP}/smollm2-teacher.yaml",
+    f"{SNAKEMAKE}/smollm2.yaml benchmarks/small/smollm2-trimmed.yaml",
+    f"{SWEEP}/reviews-depth.yaml",
+    f"{SWEEP}/reviews-teacher.yaml",
+)
 
 Stages = dict[str, dict[str, Any]]
 
@@ -119,20 +134,23 @@ def describe_ladder(results: Path) -> list[str]:
     return lines
 
 
-def describe_importance(results: Path) -> list[str]:
+def describe_importance(runs: dict[str, Path]) -> list[str]:
     """Return a table of the recipes that were made with importance (`x_i`) and without (`x`)."""
     lines = [
-        "| recipe | KL from F16, nats, without | with | ratio | answers changed, without | with |",
-        "|---|---|---|---|---|---|",
+        "| run | recipe | KL from its F16, nats, without importance | with | ratio | answers changed, without | with |",
+        "|---|---|---|---|---|---|---|",
     ]
-    stages = read_stages(results)
-    for name, entry in stages.items():
-        if f"{name}_i" not in stages:
-            continue
-        both = entry, stages[f"{name}_i"]
-        plain, weighed = (e["kl_labels"]["mean"] for e in both)
-        flips = " | ".join(str(e["against_f16"]["flips"]) for e in both)
-        lines.append(f"| {name} | {plain:.4f} | {weighed:.4f} | {weighed / plain:.2f} | {flips} |")
+    for title, results in runs.items():
+        stages = read_stages(results)
+        for name, entry in stages.items():
+            if f"{name}_i" not in stages:
+                continue
+            both = entry, stages[f"{name}_i"]
+            plain, weighed = (e["kl_labels"]["mean"] for e in both)
+            flips = " | ".join(str(e["against_f16"]["flips"]) for e in both)
+            lines.append(
+                f"| {title} | {name} | {plain:.4f} | {weighed:.4f} | {weighed / plain:.2f} | {flips} |"
+            )
     return lines
 
 
@@ -198,12 +216,61 @@ def name_run(changed: dict[str, Any]) -> str:
     return words
 
 
+def members(*sweeps: Path) -> dict[str, Path]:
+    """Return the finished runs of sweeps by what they are; of several seeds the first."""
+    runs: dict[str, Path] = {}
+    for sweep in sweeps:
+        for member in program.read_json(sweep / "members.json") if sweep.is_dir() else []:
+            if (sweep / member["name"] / "metrics.json").is_file():
+                runs.setdefault(name_run(member["changed"]), sweep / member["name"])
+    return runs
+
+
+def write_small_page() -> None:
+    """Write benchmarks/small.md: what was found, by hand, and the tables that it was found in."""
+    gemma, trimmed = RESULTS / "small/gemma", RESULTS / "small/gemma-trimmed"
+    sentences = members(RESULTS / "smollm2-depth", RESULTS / "smollm2-teacher")
+    whole = sentences["all layers"]
+    sentences["all layers, trimmed"] = RESULTS / "small/smollm2-trimmed"
+    reviews = members(RESULTS / "reviews-depth", RESULTS / "reviews-teacher")
+    write_page("small", [
+        "# Real weights, made small", "",
+        f"Made by `python benchmarks/small.py`, which also makes the rows and the runs, on {machine()}.", "",
+        (ROOT / "benchmarks/small/found.md").read_text(encoding="utf-8"),
+        "## Gemma 3 270M, 1,600 rows of ChnSentiCorp", "",
+        *describe_ladder(gemma), "",
+        "The same adapter, without the tokens that the task does not need:", "",
+        *describe_ladder(trimmed), "",
+        "Those files, against the F16 file with all tokens:", "",
+        *describe_across(gemma, {"trimmed": trimmed}), "",
+        *describe_importance({"all tokens": gemma, "trimmed": trimmed}), "",
+        "## SmolLM2 135M, 603 sentences of Amazon reviews", "",
+        *describe_ladder(whole), "",
+        "Fewer layers, against the F16 file with all of them:", "",
+        *describe_across(whole, sentences), "",
+        *describe_importance(sentences), "",
+        "## A base of 12.6 M parameters, 3,200 rows of ChnSentiCorp", "",
+        *describe_ladder(reviews["all layers"]), "",
+        *describe_across(reviews["all layers"], reviews), "",
+        *describe_importance(reviews),
+    ])  # fmt: skip
+
+
+def run_all() -> None:
+    """Make every run, one after another; what is here already is not made again."""
+    for command in RUNS:
+        subprocess.run([sys.executable, *command.split(), "--cores", "all"], cwd=ROOT, check=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("what", choices=["data", "page"])
-    if parser.parse_args().what == "data":
+    parser.add_argument("what", choices=["data", "runs", "page"])
+    what = parser.parse_args().what
+    if what == "data":
         write_reviews()
         write_sentences()
+    elif what == "runs":
+        run_all()
     else:
         write_small_page()
 
