@@ -106,7 +106,9 @@ def write_sentences() -> None:
 
 
 def read_stages(results: Path) -> Stages:
-    """Return the stages of a finished run, by name."""
+    """Return the stages of a run by name; of one that was stopped those that it had scored."""
+    if not (results / "metrics.json").is_file():
+        return {path.stem: program.read_json(path) for path in results.glob("metrics/*.json")}
     stages: Stages = program.read_json(results / "metrics.json")["stages"]
     return stages
 
@@ -193,12 +195,14 @@ def name_run(changed: dict[str, Any]) -> str:
 
 
 def members(*sweeps: Path) -> dict[str, Path]:
-    """Return the finished runs of sweeps by what they are; of several seeds the first."""
+    """Return the runs of sweeps by what they are, if they came to a file; of several seeds the first."""
     runs: dict[str, Path] = {}
     for sweep in sweeps:
         for member in program.read_json(sweep / "members.json") if sweep.is_dir() else []:
-            if (sweep / member["name"] / "metrics.json").is_file():
-                runs.setdefault(name_run(member["changed"]), sweep / member["name"])
+            results = sweep / member["name"]
+            stopped = "" if (results / "metrics.json").is_file() else " (stopped)"
+            if (results / "metrics/f16.json").is_file():
+                runs.setdefault(name_run(member["changed"]) + stopped, results)
     return runs
 
 
