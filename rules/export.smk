@@ -3,11 +3,38 @@
 
 if TRIM:
 
+    # Its priority puts it before the training, which does not need it.
+    rule check_vocabulary:
+        input:
+            **program("check_vocabulary"),
+            **folder("base", FETCHED_MODEL),
+            **folder("tokens", "<results>/tokens"),
+            train="<results>/dataset/train.jsonl",
+        output:
+            check="<results>/vocabulary_check.json",
+        log:
+            "<results>/logs/check_vocabulary.log",
+        benchmark:
+            "<results>/benchmarks/check_vocabulary.tsv"
+        priority: 1
+        conda:
+            "../envs/train.yaml"
+        resources:
+            mem_mb=memory(4000),
+            runtime="30m",
+        params:
+            settings=settings("vocabulary", "task", "dataset"),
+        shell:
+            command(
+                "params.settings input.base input.tokens input.train output=output.check"
+            )
+
     rule trim_vocabulary:
         input:
             **program("trim_vocabulary"),
             **folder("model", "<results>/merged"),
             **folder("tokens", "<results>/tokens"),
+            check="<results>/vocabulary_check.json",
             train="<results>/dataset/train.jsonl",
             test="<results>/dataset/test.jsonl",
         output:
@@ -85,6 +112,7 @@ rule check_parity:
         **folder("tokens", SHIPPED_TOKENS),
         vocabulary=VOCABULARY,
         gguf="<results>/f16.gguf",
+        records="<results>/dataset/test.jsonl",
     output:
         parity="<results>/parity.json",
     log:
@@ -97,10 +125,12 @@ rule check_parity:
     resources:
         mem_mb=memory(8000, "check_parity"),
         runtime="1h",
+    params:
+        settings=settings("task", "dataset", "card"),
     shell:
         command(
-            "input.base input.adapter input.model input.vocabulary input.gguf input.tokens threads"
-            " output=output.parity"
+            "params.settings input.base input.adapter input.model input.vocabulary input.gguf"
+            " input.tokens input.records threads output=output.parity"
         )
 
 

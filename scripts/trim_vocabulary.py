@@ -15,19 +15,23 @@ import argparse
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
 from pockettune.common import program
 from pockettune.common.errors import UserError
-from pockettune.data.prompts import Example, Examples
+from pockettune.data.chat import added_bos
+from pockettune.data.prompts import Example, Examples, begin_with
 from pockettune.data.records import read_records
 from pockettune.data.trial_texts import HARD_TEXTS, OTHER_TEXTS
-from pockettune.models.folder import embedding_rows
+from pockettune.models.folder import embedding_rows, load_tokenizer
 from pockettune.models.kept_tokens import Vocabulary, choose_tokens
-from pockettune.models.trimming import trim_files, trim_weights, trimmed_bytes
+from pockettune.models.trimming import named_ids, trim_files, trim_weights, trimmed_bytes
 from pockettune.tasks import load_task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 BATCH = 1000  # texts encoded together
 
@@ -41,33 +45,74 @@ def trim_vocabulary(
     told: Path,
 ) -> None:
     """Write the folder `output` and, as `told`, what was kept and what it does to texts."""
-    field = load_task(settings["task"], settings["dataset"]).text_field
-    texts = {split: [r[field] for r in read_records(path)] for split, path in records.items()}
+    texts = {split: read_own(settings, path) for split, path in records.items()}
     examples = Examples(tokens / "train.arrow")
-    answers = program.read_json(tokens / "answers.json")
-    warn_of_long_answers(answers)
-
-    whole = Tokenizer.from_file(str(model / "tokenizer.json"))
-    rows = embedding_rows(model)
-    vocabulary = Vocabulary(program.read_json(model / "tokenizer.json"), model.name)
-    emitted = emitted_ids(whole, texts["train"], examples, answers)
-    kept, reasons = choose_tokens(
-        vocabulary, emitted, settings["vocabulary"], rows, read_names(model)
-    )
-    checked = [*texts["train"], *(example.prompt for example in examples)]
+    kept, reasons = choose(settings, model, tokens, texts["train"])
     with program.staged(output, trimmed_bytes(model, kept)) as partial:
         partial.mkdir()
         trim_files(model, kept, partial)
-        trimmed = Tokenizer.from_file(str(partial / "tokenizer.json"))
-        check_texts(whole, trimmed, kept, checked)
-        check_round_trip(whole, trimmed)
+        check_tokens(model, partial, kept, texts["train"], examples)
         trim_weights(model, kept, partial)
-    lengths = count_tokens(whole, trimmed, texts | OTHER_TEXTS)
-    program.write_json(told, {"kept": kept, "of": rows, "reasons": reasons, "texts": len(checked),
-                              "tokens_a_text": lengths})  # fmt: skip
-    program.logger.info("%d of %d tokens kept: %s", len(kept), rows, reasons)
+    lengths = count_tokens(read_tokenizer(model), read_tokenizer(output), texts | OTHER_TEXTS)
+    program.write_json(told, {"kept": kept, "of": embedding_rows(model), "reasons": reasons,
+                              "texts": len(texts["train"]) + len(examples), "tokens_a_text": lengths})  # fmt: skip
     for name, mean in lengths.items():
         program.logger.info("tokens a text, %s: %.1f before, %.1f after", name, *mean.values())
+
+
+def read_own(settings: Mapping[str, Any], path: Path) -> list[str]:
+    """Return the texts of a split's records."""
+    field = load_task(settings["task"], settings["dataset"]).text_field
+    return [record[field] for record in read_records(path)]
+
+
+def choose(
+    settings: Mapping[str, Any], model: Path, tokens: Path, texts: Sequence[str]
+) -> tuple[list[int], dict[str, int]]:
+    """Return the ids to keep, ascending, and how many each reason added; `texts` are those of train."""
+    answers = program.read_json(tokens / "answers.json")
+    warn_of_long_answers(answers)
+    vocabulary = Vocabulary(program.read_json(model / "tokenizer.json"), model.name)
+    examples = Examples(tokens / "train.arrow")
+    emitted = emitted_ids(read_tokenizer(model), texts, examples, answers)
+    rows, wanted = embedding_rows(model), settings["vocabulary"]
+    kept, reasons = choose_tokens(
+        vocabulary, emitted, wanted, rows, read_names(model), special_ids(model)
+    )
+    program.logger.info("%d of %d tokens kept: %s", len(kept), rows, reasons)
+    return kept, reasons
+
+
+def check_tokens(
+    model: Path,
+    trimmed: Path,
+    kept: Sequence[int],
+    texts: Sequence[str],
+    examples: Sequence[Example],
+) -> None:
+    """Raise UserError where train is read otherwise in the trimmed folder, or a hard text is lost."""
+    before, after = read_tokenizer(model), read_tokenizer(trimmed)
+    check_texts(before, after, kept, texts)
+    check_prompts(load_tokenizer(trimmed), kept, examples)
+    check_round_trip(before, after)
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """Return a folder's tokenizer, which neither fills up nor cuts what it is given.
+
+    One that was saved after a training often does: then a long text's last tokens would not be kept.
+    """
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def special_ids(model: Path) -> set[int]:
+    """Return the ids that a folder's configurations and transformers' own tokenizer have for something."""
+    configs = (model / name for name in ("config.json", "generation_config.json"))
+    named = {n for path in configs if path.is_file() for n in named_ids(program.read_json(path))}
+    return named.union(load_tokenizer(model).all_special_ids)
 
 
 def read_names(model: Path) -> str:
@@ -116,10 +161,33 @@ def check_texts(
 ) -> None:
     """Raise UserError where a text of train has other tokens in the new vocabulary."""
     pairs = zip(texts, encode(whole, texts), encode(trimmed, texts), strict=True)
-    differing = [text for text, before, after in pairs if [kept[n] for n in after] != before]
+    refuse_differing(
+        [text for text, before, after in pairs if [kept[n] for n in after] != before],
+        f"{len(texts)} texts",
+    )
+
+
+def check_prompts(
+    tokenizer: "PreTrainedTokenizerBase", kept: Sequence[int], examples: Sequence[Example]
+) -> None:
+    """Raise UserError where a prompt of train has other tokens to transformers than it was trained on.
+
+    transformers builds some tokenizers itself, of tokenizer.json's merges, and may add tokens to them.
+    """
+    old, bos, differing = dict(enumerate(kept)), added_bos(tokenizer), []
+    for begin in range(0, len(examples), BATCH):
+        batch = examples[begin : begin + BATCH]
+        encoded = tokenizer([e.prompt for e in batch], add_special_tokens=False)["input_ids"]
+        for example, ids in zip(batch, encoded, strict=True):
+            if [old.get(number) for number in begin_with(bos, ids)] != example.prompt_ids:
+                differing.append(example.prompt)
+    refuse_differing(differing, f"{len(examples)} prompts")
+
+
+def refuse_differing(differing: Sequence[str], of: str) -> None:
     if differing:
         raise UserError(
-            f"vocabulary.keep task: {len(differing)} of {len(texts)} texts of train have other tokens in the"
+            f"vocabulary.keep task: {len(differing)} of {of} of train have other tokens in the"
             f" trimmed vocabulary, the first is {differing[0][:60]!r}: this tokenizer does more than merges"
             " tell; set vocabulary.keep to full"
         )

@@ -302,7 +302,8 @@ def test_model_card_names_licence_language_and_numbers(finished_run: Path) -> No
     assert "{text}" in card and "<|im_start|>assistant\\n" in card, (
         "the prompt as the model sees it"
     )
-    assert "llama-server" not in card and "the day" not in card
+    assert "llama-server --" not in card and "the day" not in card
+    assert "Send the text as the user's message and nothing else" in card
 
 
 def test_report_and_card_of_an_adapter_trained_elsewhere(finished_run: Path) -> None:
@@ -324,6 +325,10 @@ def test_model_card_says_how_a_runtime_asks_alike(finished_run: Path) -> None:
     content = gather_report(finished_run, finished_run / "results/small/flips.json")
     options = {"enable_thinking": False, "date_string": "it's 26 Jul 2024"}
     content["chat"] |= {"options": options, "reads_clock": True}
+    assert "llama-server --" not in render(finished_run / "report/card.md.j2", content), (
+        "the task's template has them written in"
+    )
+    content["config"]["card"]["template"] = "base"
     card = render(finished_run / "report/card.md.j2", content)
     command = next(line for line in card.splitlines() if line.startswith("llama-server"))
     assert json.loads(shlex.split(command)[2]) == options
@@ -409,7 +414,7 @@ REBUILDS: dict[str, tuple[Callable[[Path], object], dict[str, int]]] = {
     "choose.memory_mb": (edit_run("choose", memory_mb=4000), {"choose": 1, "report": 1, "all": 1}),
     "vocabulary.keep": (
         edit_run("vocabulary", keep="task"),
-        {"trim_vocabulary": 1, "tokenize_trimmed": 1, "evaluate_trimmed": 1, **FROM_CONVERT},
+        {"check_vocabulary": 1, "trim_vocabulary": 1, "tokenize_trimmed": 1, "evaluate_trimmed": 1, **FROM_CONVERT},
     ),
     "vocabulary.scripts, idle beside full": (edit_run("vocabulary", scripts=["han"]), {}),
     "model.name, idle beside a path": (edit_run("model", name="a/b"), {}),
@@ -433,6 +438,8 @@ REBUILDS: dict[str, tuple[Callable[[Path], object], dict[str, int]]] = {
     "one variant's recipe": (edit_run("quantize", q8_0={"type": "Q6_K"}), ONE_VARIANT),
     "pure of one variant": (edit_run("quantize", q4_k_m={"type": "Q4_K_M", "pure": True}), ONE_VARIANT),
     "card.license": (edit_run("card", license="cc-by-4.0"), FROM_CONVERT),
+    "card.template": (edit_run("card", template="base"), FROM_CONVERT),
+    "bundle.file": (edit_run("bundle", file="q8_0"), {}),
     "train.learning_rate": (edit_run("train", learning_rate=1e-3), FROM_TRAIN),
     "train.adapter": (bring_adapter, {"check_base": 1, "import_adapter": 1, **FROM_MERGE}),
     "train.teacher": (bring_teacher, {"score_teacher": 1, **FROM_TRAIN}),
@@ -551,6 +558,25 @@ def test_checksum_of_a_model_is_no_reason_to_rerun(checkout: Path, tmp_path: Pat
     assert result.returncode == 0, result.stdout[-2000:]
     assert "fetch_model.py --settings" in result.stdout and pin not in result.stdout
     assert result.stdout.count("warning: not pinned: model.revision; ") == 1
+
+
+BUNDLES: dict[str, tuple[Callable[[Path], object], dict[str, int]]] = {
+    "nothing": (lambda folder: None, {}),
+    "a default spelled out": (edit_run("bundle", file="best"), {}),
+    "bundle.file": (edit_run("bundle", file="q8_0"), {"bundle": 1}),
+    "report.title, which stands in the card": (edit_run("report", title="x"), {"report": 1, "bundle": 1}),
+    "choose.size_mb": (edit_run("choose", size_mb=200), {"choose": 1, "report": 1, "bundle": 1}),
+    "a line of make_bundle.py": (append("scripts/make_bundle.py", "# x\n"), {"bundle": 1}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", BUNDLES)
+def test_bundle_is_made_anew_where_what_is_in_it_changed(
+    change: str, bundle: Path, checkout: Path
+) -> None:
+    edit, expected = BUNDLES[change]
+    edit(checkout)
+    assert planned(checkout, *SMALL, "--", "results/small/bundle") == expected
 
 
 def test_readme_states_the_same_table() -> None:

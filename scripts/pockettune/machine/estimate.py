@@ -103,10 +103,8 @@ def _disk_sizes(settings: Any, shape: Shape | None, rows: Rows | None) -> Iterat
     # Weights, two moments and the best weights so far; the old one stays until the new is written.
     yield "checkpoint", 2 * 16 * trainable(settings["train"], shape)
     yield "merged", weights + extra
-    yield (
-        "trimmed",
-        weights + extra,
-    )  # and the files, at most: which tokens stay, train's texts will tell
+    # At most, and so the files: which tokens stay, train's texts will tell.
+    yield "trimmed", weights + extra
     vocabulary = VOCABULARY * shape.vocabulary
     yield "f16.gguf", tensor_bytes(shape, None) + vocabulary
     if rows:

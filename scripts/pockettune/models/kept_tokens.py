@@ -12,6 +12,7 @@ tokenizer.json, and the same holds.
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import regex
@@ -46,25 +47,25 @@ class Vocabulary:
         self.ids: dict[str, int] = model["vocab"]
         self.added = {token["content"]: int(token["id"]) for token in content["added_tokens"]}
         self.merges = [split_merge(merge) for merge in model["merges"]]
-        self.bytes = self._find_bytes()
-        if len(self.bytes) != 256:
+        fallback = {f"<0x{byte:02X}>" for byte in range(256)}
+        if model.get("byte_fallback") and fallback <= self.ids.keys():
+            self.bytes = fallback
+        elif '"ByteLevel"' in json.dumps(content.get("pre_tokenizer")):
+            # SmolLM2 has none for 21 bytes: what they are in is lost to it before as after.
+            self.bytes = set(pre_tokenizers.ByteLevel.alphabet()) & self.ids.keys()
+        else:
             raise UserError(
-                f"vocabulary.keep task: the tokenizer of {name} has {len(self.bytes)} of 256 tokens for"
-                " single bytes, so a text of other tokens would be lost; set vocabulary.keep to full"
+                f"vocabulary.keep task: the tokenizer of {name} does not take an unknown text apart into"
+                " bytes, so without its tokens it would be lost; set vocabulary.keep to full"
             )
-
-    def _find_bytes(self) -> set[str]:
-        if self.content["model"].get("byte_fallback"):
-            return {f"<0x{byte:02X}>" for byte in range(256)} & self.ids.keys()
-        return set(pre_tokenizers.ByteLevel.alphabet()) & self.ids.keys()
 
     def needed(self, named: str) -> set[str]:
         """Return what every text may need: bytes, ASCII characters, and added tokens.
 
         Reserved ones only where they are `named`: in the text of the tokenizer's configuration.
         """
-        unknown = self.content["model"].get("unk_token")
-        single = {chr(code) for code in range(128)} | {"▁", str(unknown)}
+        unknown = self.content["model"].get("unk_token") or ""
+        single = {chr(code) for code in range(128)} | {"▁", unknown}
         own = {text for text in self.added if not RESERVED.fullmatch(text) or text in named}
         return self.bytes | (single & self.ids.keys()) | own
 
@@ -89,29 +90,35 @@ class Vocabulary:
 
     def close(self, kept: Iterable[str]) -> set[str]:
         """Return tokens with the halves of every merge that makes them, over and over."""
-        halves: dict[str, list[Merge]] = {}
-        for merge in self.merges:
-            halves.setdefault("".join(merge), []).append(merge)
         closed: set[str] = set()
         waiting = list(kept)
         while waiting:
             token = waiting.pop()
             if token not in closed:
                 closed.add(token)
-                waiting += [half for merge in halves.get(token, ()) for half in merge]
+                waiting += self.halves.get(token, ())
         return closed
+
+    @cached_property
+    def halves(self) -> dict[str, list[str]]:
+        """Both halves of every merge that makes a token."""
+        halves: dict[str, list[str]] = {}
+        for merge in self.merges:
+            halves.setdefault("".join(merge), []).extend(merge)
+        return halves
 
     def fill_up(self, kept: set[str], rows: int) -> set[str]:
         """Return up to MULTIPLE - 1 more tokens, the commonest first, so that rows come in that many.
 
-        `rows` are the embedding's: tokens beyond, as Gemma 3's for images, have none.
+        `rows` are the embedding's: tokens beyond, as Gemma 3's for images, have none. Only
+        tokens are added of which all halves are kept, as of the others.
         """
         missing, known = -len(kept) % MULTIPLE, set(kept)
-        for left, right in self.merges:
+        for merge in self.merges:
             if len(known) == len(kept) + missing:
                 break
-            token = left + right
-            if left in known and right in known and self.number(token) < rows:
+            token = "".join(merge)
+            if known.issuperset(self.halves[token]) and self.number(token) < rows:
                 known.add(token)
         return known - kept
 
@@ -135,17 +142,19 @@ def choose_tokens(
     settings: Mapping[str, Any],
     rows: int,
     named: str = "",
+    special: Iterable[int] = (),
 ) -> tuple[list[int], dict[str, int]]:
     """Return the ids to keep, ascending, and how many each reason added.
 
     `emitted` are the ids that train's texts, prompts and answers consist of, `settings` the section
-    `vocabulary`, `rows` those of the embedding, `named` the text that names special tokens.
+    `vocabulary`, `rows` those of the embedding, `named` the text that names special tokens, `special` ids that
+    configurations name.
     """
     by_id = {number: text for text, number in (vocabulary.ids | vocabulary.added).items()}
     kept: set[str] = set()
     reasons = {}
     steps = {
-        "needed": lambda: vocabulary.needed(named),
+        "needed": lambda: vocabulary.needed(named) | {by_id[n] for n in special if n in by_id},
         "train": lambda: {by_id[number] for number in emitted},
         "scripts": lambda: vocabulary.of_scripts(settings["scripts"]),
         "frequent": lambda: vocabulary.most_frequent(settings["frequent"]),

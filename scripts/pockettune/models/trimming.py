@@ -17,8 +17,9 @@ from pockettune.models.shards import Stored, list_stored, write_shards
 Json = dict[str, Any]
 
 HEADS = ("lm_head", "embed_out")  # Llama and most, GPT-NeoX
-# Keys of configurations that hold ids of tokens, or lists of them.
-OF_TOKENS = ("_token_id", "_token_ids", "_token_index", "bad_words_ids", "suppress_tokens")
+# Keys of configurations that hold ids of tokens, or lists of them: of what they name, of what is never said.
+NAMED = ("_token_id", "_token_ids", "_token_index")
+OF_TOKENS = (*NAMED, "bad_words_ids", "suppress_tokens")
 
 
 def trim_weights(model: Path, kept: Sequence[int], output: Path) -> None:
@@ -26,30 +27,38 @@ def trim_weights(model: Path, kept: Sequence[int], output: Path) -> None:
 
     Raises UserError where another tensor than embedding and head has a row for each token.
     """
-    before, rows = embedding_rows(model), torch.tensor(kept)
-    tensors = {stored.name: stored for stored in list_stored(model)}
-    of_tokens = {name for name, stored in tensors.items() if is_of_tokens(name)}
-    outside = tensors.keys() - of_tokens - {name for name in tensors if NUMBER.search(name)}
-    other = sorted(name for name in outside if tensors[name].shape[0] == before)
+    refuse_other_tensors(model)
+    rows = torch.tensor(kept)
+
+    def make(name: str, stored: Stored) -> torch.Tensor:
+        return stored.load()[rows] if is_of_tokens(name) else stored.load()
+
+    write_shards({stored.name: stored for stored in list_stored(model)}, make, output)
+
+
+def refuse_other_tensors(model: Path) -> None:
+    """Raise UserError where another tensor than embedding and head has a row for each token."""
+    rows = embedding_rows(model)
+    other = sorted(
+        stored.name
+        for stored in list_stored(model)
+        if stored.shape[:1] == (rows,)
+        and not (is_of_tokens(stored.name) or NUMBER.search(stored.name))
+    )
     if other:
         raise UserError(
             f"vocabulary.keep task: {', '.join(other)} of {model} has a row for each token and is neither"
             " embedding nor head; set vocabulary.keep to full"
         )
 
-    def make(name: str, stored: Stored) -> torch.Tensor:
-        return stored.load()[rows] if name in of_tokens else stored.load()
-
-    write_shards(tensors, make, output)
-
 
 def trimmed_bytes(model: Path, kept: Sequence[int]) -> int:
     """Return the bytes of the weights that `trim_weights` writes."""
-    left_out = embedding_rows(model) - len(kept)
+    left = len(kept) / embedding_rows(model)
     return sum(
-        2 * (stored.elements - is_of_tokens(stored.name) * left_out * (stored.elements // stored.shape[0]))
+        round(2 * stored.elements * (left if is_of_tokens(stored.name) else 1))
         for stored in list_stored(model)
-    )  # fmt: skip
+    )
 
 
 def is_of_tokens(name: str) -> bool:
@@ -71,6 +80,9 @@ def trim_tokenizer(content: Json, kept: Mapping[int, int]) -> Json:
         for token in trimmed["added_tokens"]
         if token["id"] in kept
     ]
+    if padding := trimmed.get("padding"):
+        own = kept.get(padding["pad_id"])
+        trimmed["padding"] = None if own is None else {**padding, "pad_id": own}
     if trimmed.get("post_processor"):
         renumber_processor(trimmed["post_processor"], kept)
     return trimmed
@@ -106,10 +118,26 @@ def renumber(content: Any, kept: Mapping[int, int]) -> Any:
 
 
 def map_ids(value: Any, kept: Mapping[int, int]) -> Any:
+    """Return an id or a list of them; a sequence in a list, such as a bad word's, stays whole or leaves it."""
     if isinstance(value, list):
         mapped = [map_ids(number, kept) for number in value]
-        return [number for number in mapped if number not in (None, [])]
+        whole = [isinstance(v, int) or len(m) == len(v) for v, m in zip(value, mapped, strict=True)]
+        return [m for m, is_whole in zip(mapped, whole, strict=True) if is_whole and m is not None]
     return kept.get(value) if isinstance(value, int) else value
+
+
+def named_ids(config: Any) -> Iterator[int]:
+    """Yield the ids that a configuration names, such as eos_token_id's."""
+    if isinstance(config, list):
+        for value in config:
+            yield from named_ids(value)
+    elif isinstance(config, dict):
+        for key, value in config.items():
+            if key.endswith(NAMED):
+                several = value if isinstance(value, list) else [value]
+                yield from (number for number in several if isinstance(number, int))
+            else:
+                yield from named_ids(value)
 
 
 def trim_config(config: Json, kept: Mapping[int, int]) -> Json:

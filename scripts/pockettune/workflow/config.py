@@ -247,6 +247,9 @@ def _contradictions(config: Config) -> Iterator[str]:
             " on them is too high; set evaluate.split to test, or train.eval_every to null"
         )
     yield from _unusable_recipes(config["quantize"])
+    bundled = (config.get("bundle") or {}).get("file", "best")
+    if bundled not in (known := ["best", "f16", *config["quantize"]]):
+        yield f"bundle.file is {bundled!r}; {_nearest(bundled, known)}"
     words = list(config["task"]["labels"].values())
     if len(set(words)) < len(words):
         yield f"task.labels answers the same word for two values: {', '.join(words)}"

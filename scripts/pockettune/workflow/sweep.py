@@ -25,7 +25,7 @@ Config = dict[str, Any]
 MEMBERS_LIMIT = 200
 KEYS = ("base", "over")
 # Of two members that differ in nothing else one is enough.
-NO_SETTING = ("hub", "pathvars", "report")
+NO_SETTING = ("hub", "pathvars", "report", "bundle")
 LONGEST_NAME = 100  # characters; file systems take 255, and rules are named by it
 
 
