@@ -1,4 +1,4 @@
-# setup | doctor | demo | test | test-slurm | test-kills | lint | bench | bench-train | clean | clean-scratch.
+# setup | doctor | demo | app | test | test-slurm | test-kills | lint | bench | bench-train | clean | clean-scratch.
 # The README gives the first three in plain commands too.
 
 PYTHON ?= python3
@@ -25,7 +25,7 @@ BUILD = $(BIN)/python -m pip wheel --quiet --no-deps $(if $(CMAKE_ARGS),--no-cac
 INSTALL = $(BIN)/python -m pip install --quiet $(if $(PYTHONDONTWRITEBYTECODE),,--no-compile) \
 	--constraint constraints.txt
 
-.PHONY: setup doctor demo test test-slurm test-kills lint bench bench-train clean clean-scratch
+.PHONY: setup doctor demo app test test-slurm test-kills lint bench bench-train clean clean-scratch
 
 setup: .venv/installed
 
@@ -58,6 +58,13 @@ demo: setup
 	$(BIN)/snakemake --cores all --configfile runs/demo.yaml
 	@echo "The report is in results/demo/report.html"
 
+# The page that asks a run's file in a browser, served on the local network until Ctrl-C.
+# make app CONFIG=runs/mine.yaml PORT=8080
+APP_CONFIG = $(or $(CONFIG),runs/demo.yaml)
+app: setup
+	$(BIN)/snakemake --cores all --configfile $(APP_CONFIG) -- app
+	$(BIN)/python scripts/serve_app.py --configfile $(APP_CONFIG) $(if $(PORT),--port $(PORT))
+
 test: setup
 	$(BIN)/python -m pytest
 
@@ -66,7 +73,7 @@ test-slurm: setup
 	tests/slurm/install.sh
 	$(BIN)/python -m pytest tests/slurm
 
-# About seventy kills, half an hour; `make test` does a few.
+# About ninety kills, more than half an hour; `make test` does a few.
 test-kills: setup
 	$(BIN)/python tests/kill_every_rule.py
 

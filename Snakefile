@@ -31,6 +31,8 @@ include: "rules/data.smk"
 include: "rules/train.smk"
 include: "rules/export.smk"
 include: "rules/evaluate.smk"
+include: "rules/bundle.smk"
+include: "rules/app.smk"
 include: "rules/demo.smk"
 
 

@@ -53,6 +53,12 @@ def targets(member):
     return getattr(rules, f"{member['name']}__all").input
 
 
+def chosen_files(member):
+    """Return a run's best.gguf, where its config has a budget: in it there may be no file."""
+    best = targets(member).best
+    return [best] if isinstance(best, str) else list(best)
+
+
 def link(paths):
     """Return the shell command that makes links, by their paths, to files or folders."""
     return " && ".join(
@@ -87,6 +93,14 @@ workflow._localrules = {
     if known.name.partition("__")[2] in workflow._localrules
 }
 
+# A profile, or --set-resources, names a rule as the Snakefile does.
+for known in workflow.rules:
+    named = known.name.partition("__")[2]
+    given = workflow.resource_settings
+    known.resources.update(given._parsed_overwrite_resources.get(named, {}))
+    if named in given._parsed_overwrite_threads:
+        known.resources["_cores"] = given._parsed_overwrite_threads[named]
+
 for entry in LINKS:
 
     rule:
@@ -105,7 +119,6 @@ for entry in LINKS:
 
 
 rule leaderboard:
-    default_target: True
     input:
         program="scripts/write_leaderboard.py",
         modules=list(
@@ -118,7 +131,12 @@ rule leaderboard:
         ),
         template="report/leaderboard.html.j2",
         members=f"{SWEEP}/members.json",
-        results=[path for member in CURRENT for path in targets(member)],
+        results=[
+            path
+            for member in CURRENT
+            for path in targets(member)
+            if path not in chosen_files(member)
+        ],
     output:
         html=f"{SWEEP}/leaderboard.html",
         csv=f"{SWEEP}/leaderboard.csv",
@@ -132,7 +150,19 @@ rule leaderboard:
         " --html {output.html:q} --csv {output.csv:q} --log {log:q}"
 
 
+rule all:
+    default_target: True
+    input:
+        rules.leaderboard.output,
+        [path for member in CURRENT for path in chosen_files(member)],
+
+
 onstart:
+    # What is a run's own now takes the place of a link, but Snakemake writes a benchmark through it: into
+    # another's, or nowhere.
+    for path in Path(SWEEP).glob("*/benchmarks/*.tsv"):
+        if path.is_symlink() and str(path) not in LINKED:
+            path.unlink()
     if workflow.executor_plugin.name == "slurm":
         try:
             refuse_strays(Path.cwd(), *FOLDERS)

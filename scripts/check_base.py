@@ -39,7 +39,7 @@ LINEAGE = {
     "dataset": {"name": None, "revision": None},
     "task": {"type": "classification", "system": "", "prompt": "{text}",
              "labels": {"0": "0", "1": "1"}, "template_options": {}},
-    "card": {"license": "other", "languages": ["en"]},
+    "card": {"license": "other", "languages": ["en"], "template": "base"},
 }  # fmt: skip
 
 

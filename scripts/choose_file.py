@@ -40,7 +40,7 @@ def main() -> None:
         source = next(path for path in arguments.files if path.stem == choice["chosen"])
         with program.staged(arguments.gguf, needed=source.stat().st_size) as partial:
             shutil.copyfile(source, partial)
-        program.write_json(arguments.json, choice)
+            program.write_json(arguments.json, choice)  # no file without the reason
         program.logger.info("%s is %s: %s", arguments.gguf, source.name, choice["why"])
 
     program.run(parser, work)

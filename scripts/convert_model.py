@@ -2,9 +2,10 @@
 
 The file explains itself: base model, dataset, licence and languages stand in its general.* metadata,
 the task's prompt and labels in pockettune.*, with the temperature by which log probabilities are to be
-divided, where training found one; quantizing carries them on.
+divided, where training found one; quantizing carries them on. It asks rightly by itself, too: its chat
+template is the task's own, and its sampling takes the likeliest token.
 
-Input   a model folder; the folder that fetch_converter.py made
+Input   a model folder, and the one it was trimmed from, if it was; the folder that fetch_converter.py made
 Output  f16.gguf
 """
 
@@ -22,9 +23,11 @@ from unittest import mock
 from pockettune.common import program
 from pockettune.common.errors import UserError
 from pockettune.data.chat import DAY, day_options
+from pockettune.data.task_template import find_frame, write_template
 from pockettune.gguf.files import check_tensors
 from pockettune.gguf.tokenizer import name_pre_tokenizer
-from pockettune.models.folder import tensor_shapes
+from pockettune.models.folder import load_tokenizer, tensor_shapes
+from pockettune.tasks import load_task
 
 # The pre-tokenizers that llama.cpp knows by name, by the pattern that tokenizer.json spells out.
 # The converter itself recognises published tokenizers by a checksum; one of your own, trained
@@ -43,15 +46,28 @@ def convert_model(
     settings: Mapping[str, Any],
     output: Path,
     temperature: float | None = None,
+    whole: Path | None = None,
 ) -> None:
-    """Write `model` as an F16 GGUF file and read it back."""
+    """Write `model` as an F16 GGUF file and read it back.
+
+    The converter recognises a tokenizer by the ids of a test text: of a trimmed one, `whole` has them.
+    """
     shapes = tensor_shapes(model)
+    template = task_template(model, settings)
     # Vectors are stored as F32. The vocabulary comes on top: 6 MB of Qwen2.5's.
     needed = sum(math.prod(shape) * (2 if len(shape) > 1 else 4) for shape in shapes.values())
     with program.staged(output, needed) as partial:
-        run_converter(model, converter, settings, partial, temperature)
+        run_converter(model, converter, settings, partial, temperature, template, whole)
         check_tensors(partial, shapes)
     program.logger.info("%s: %d tensors, %.1f MB", output, len(shapes), output.stat().st_size / 1e6)
+
+
+def task_template(model: Path, settings: Mapping[str, Any]) -> str | None:
+    """Return the chat template to store instead of the model's own, if there is one to be."""
+    if settings["card"]["template"] == "base":
+        return None
+    task = load_task(settings["task"], settings["dataset"])
+    return write_template(find_frame(load_tokenizer(model), task))
 
 
 def run_converter(
@@ -60,6 +76,8 @@ def run_converter(
     settings: Mapping[str, Any],
     output: Path,
     temperature: float | None,
+    template: str | None,
+    whole: Path | None,
 ) -> None:
     """Run convert_hf_to_gguf.py in this process, teaching it tokenizers of one's own."""
     sys.path[:0] = [str(converter), str(converter / "gguf-py")]
@@ -67,7 +85,7 @@ def run_converter(
     import gguf
 
     text_model = conversion.base.TextModel
-    recognise = named_by_pattern(model, text_model.get_vocab_base_pre)
+    recognise = named_by_pattern(model, text_model.get_vocab_base_pre, whole)
     arguments = ["convert_hf_to_gguf.py", str(model), "--outtype", "f16",
                  "--outfile", str(output)]  # fmt: skip
     with (
@@ -75,8 +93,9 @@ def run_converter(
         mock.patch.object(
             gguf.Metadata,
             "set_gguf_meta_model",
-            with_task(gguf.Metadata, settings["task"], temperature),
+            with_task(gguf.Metadata, settings, temperature),
         ),
+        mock.patch.object(gguf.GGUFWriter, "add_chat_template", storing(gguf.GGUFWriter, template)),
         mock.patch.object(text_model, "get_vocab_base_pre", recognise),
         mock.patch.object(sys, "argv", arguments),
         mock.patch.object(logging, "basicConfig"),  # our handlers stay
@@ -129,14 +148,19 @@ def lineage(settings: Mapping[str, Any]) -> Any:
         tags=["text-generation", settings["task"]["type"]],
         base_models=[base_model],
         datasets=[data],
+        # The likeliest answer is what was scored; llama.cpp's chat programs take these unless told
+        # otherwise, and else sample at a temperature of 0.8.
+        sampling_temp=0.0,
+        sampling_top_k=1,
+        sampling_penalty_repeat=1.0,
     )
 
 
 def with_task(
-    metadata: Any, task: Mapping[str, Any], temperature: float | None
+    metadata: Any, settings: Mapping[str, Any], temperature: float | None
 ) -> Callable[..., None]:
     """Return the converter's writing of metadata, which then writes the task's keys too."""
-    write = metadata.set_gguf_meta_model
+    write, task = metadata.set_gguf_meta_model, settings["task"]
 
     def write_all(self: Any, writer: Any) -> None:
         write(self, writer)
@@ -144,6 +168,7 @@ def with_task(
             writer.add_string(f"pockettune.task.{key}", task[key])
         options = json.dumps(task["template_options"], sort_keys=True, ensure_ascii=False)
         writer.add_string("pockettune.task.template_options", options)
+        writer.add_string("pockettune.task.template", settings["card"]["template"])
         writer.add_string("pockettune.task.day", day_options(DAY)["date_string"])
         for key, values in (("values", list(task["labels"])), ("labels", list(task["labels"].values()))):  # fmt: skip
             writer.add_array(f"pockettune.task.{key}", values)
@@ -153,11 +178,25 @@ def with_task(
     return write_all
 
 
-def named_by_pattern(model: Path, by_checksum: Callable[..., str]) -> Callable[..., str]:
-    """Return `by_checksum`, falling back on the pattern in the model's tokenizer.json."""
+def storing(writer: Any, template: str | None) -> Callable[..., None]:
+    """Return the writing of a chat template, which then writes this one instead, if there is one."""
+    write = writer.add_chat_template
+    return write if template is None else lambda self, _: write(self, template)
+
+
+def named_by_pattern(
+    model: Path, by_checksum: Callable[..., str], whole: Path | None = None
+) -> Callable[..., str]:
+    """Return `by_checksum`, falling back on the pattern in the model's tokenizer.json.
+
+    The checksum is of `whole`'s tokenizer, where the model was trimmed from it.
+    """
+    from transformers import AutoTokenizer
 
     def recognise(self: Any, tokenizer: Any) -> str:
         try:
+            if whole:
+                tokenizer = AutoTokenizer.from_pretrained(whole, trust_remote_code=False)
             return by_checksum(self, tokenizer)
         except NotImplementedError:
             pattern = split_pattern(model / "tokenizer.json")
@@ -191,6 +230,7 @@ def read_temperature(adapter: Path | None) -> float | None:
 def main() -> None:
     parser = program.argument_parser(__doc__)
     parser.add_argument("--model", type=Path, required=True, help="merged model's folder")
+    parser.add_argument("--whole", type=Path, nargs="?", help="the folder it was trimmed from")
     parser.add_argument("--adapter", type=Path, help="its adapter, whose temperature is noted")
     parser.add_argument("--converter", type=Path, required=True, help="folder of the converter")
     parser.add_argument(
@@ -199,7 +239,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="GGUF file to write")
 
     def work(a: argparse.Namespace) -> None:
-        convert_model(a.model, a.converter, a.settings, a.output, read_temperature(a.adapter))
+        temperature = read_temperature(a.adapter)
+        convert_model(a.model, a.converter, a.settings, a.output, temperature, a.whole)
 
     program.run(parser, work)
 

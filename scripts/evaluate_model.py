@@ -1,7 +1,7 @@
 """Score a model in PyTorch on the evaluation rows: the base model, with its adapter, or merged.
 
 Input   a model folder, an adapter folder to lay over it; the folder tokens/; F16's answers over the
-        whole vocabulary, to compare with
+        whole vocabulary, to compare with, and which tokens that is where it was trimmed
 Output  metrics JSON; predictions parquet
 """
 
@@ -51,4 +51,4 @@ def load_runtime(arguments: argparse.Namespace, examples: Sequence[Example]) -> 
 
 
 if __name__ == "__main__":
-    stages.run(__doc__, open_model, options=["--adapter"])
+    stages.run(__doc__, open_model, options=["--adapter", "--vocabulary"])

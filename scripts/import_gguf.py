@@ -25,6 +25,7 @@ from pockettune.common import program
 from pockettune.common.checksums import sha256
 from pockettune.common.errors import UserError, list_faults
 from pockettune.data.prompts import encode
+from pockettune.data.trial_texts import HARD_TEXTS
 from pockettune.gguf.dequantize import Source, file_type, make_config, open_source, read_weights
 from pockettune.gguf.files import describe_file
 from pockettune.gguf.tokenizer import write_tokenizer
@@ -127,7 +128,7 @@ def check_import(
 def make_prompts(tokenizer: Any, source: Source) -> Iterator[list[int]]:
     """Yield the hard texts as a user's words, and a prompt longer than the model's window."""
     everything: list[int] = []
-    for text in stored.HARD_TEXTS:
+    for text in HARD_TEXTS:
         talk = [{"role": "user", "content": text}]
         prompt = encode(tokenizer, stored.render(tokenizer, talk, None))
         everything += prompt

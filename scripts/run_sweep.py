@@ -21,7 +21,7 @@ from pockettune.common import program
 from pockettune.common.errors import UserError
 from pockettune.machine.run import load_config, read_sections
 from pockettune.workflow.config import check_config
-from pockettune.workflow.sweep import Member, expand, in_order, read_sweep
+from pockettune.workflow.sweep import Member, check_inputs, expand, in_order, read_sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 # Given by this program itself.
@@ -71,9 +71,11 @@ def read_members(results: Path) -> list[Member]:
 
 
 def is_valid(member: Member, schema: dict[str, Any]) -> bool:
-    """Whether a recorded config is one that this version's schema knows."""
+    """Whether a recorded config is one that this version's schema knows, and its files are still here."""
+    config = copy.deepcopy(member.config)
     try:
-        check_config(copy.deepcopy(member.config), schema)
+        check_config(config, schema)
+        check_inputs(config)
     except UserError:
         return False
     return True
@@ -99,9 +101,11 @@ def main() -> None:
         program.write_json(results / "members.json", members)
         current = sum(member["current"] for member in members)
         program.logger.info("%d runs in %s", current, results)
-        command = [sys.executable, "-m", "snakemake", "--snakefile", "sweep.smk"]
+        # As one word: --config takes all words behind it, and targets may be among the arguments.
+        own = ["--snakefile", "sweep.smk", f"--config=sweep={results}"]
+        command = [sys.executable, "-m", "snakemake", *own, *arguments.arguments]
         # In this program's place, so that Ctrl-C and kill reach Snakemake itself.
-        os.execv(sys.executable, [*command, *arguments.arguments, "--config", f"sweep={results}"])
+        os.execv(sys.executable, command)
 
     program.run(parser, work)
 

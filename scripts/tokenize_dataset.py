@@ -20,6 +20,7 @@ from pockettune.common.errors import UserError
 from pockettune.data.chat import describe_serving, thinking_hint
 from pockettune.data.prompts import Example, ExampleMaker, render_prompt, write_examples
 from pockettune.data.records import count_records, read_records
+from pockettune.data.task_template import find_frame
 from pockettune.models.folder import (
     context_length,
     embedding_shape,
@@ -87,6 +88,12 @@ def describe_chat(tokenizer: Any, task: Task) -> dict[str, Any]:
     program.logger.info("an answer ends with %s", told["end"])
     if hint := thinking_hint(tokenizer, messages, options):
         program.logger.warning("%s", hint)
+    try:
+        find_frame(tokenizer, task)
+    except (
+        UserError
+    ) as error:  # card.template may be base: not known here, where training depends on it
+        program.logger.warning("%s", error)
     if told["reads_clock"]:
         program.logger.warning(
             "the model's chat template writes the day, which no option sets: trained and scored as of"

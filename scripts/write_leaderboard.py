@@ -108,8 +108,6 @@ def main() -> None:
     def work(arguments: argparse.Namespace) -> None:
         members = [m for m in program.read_json(arguments.members) if m["current"]]
         groups = group_seeds(read_rows(arguments.members.parent, members))
-        with program.staged(arguments.csv) as partial:
-            as_table(groups).to_csv(partial, index=False)
         content = {
             "title": arguments.members.parent.name,
             "keys": [key for key in members[0]["changed"] if key != SEED],
@@ -117,9 +115,10 @@ def main() -> None:
             "groups": groups,
             "has_seeds": SEED in members[0]["changed"],
         }
-        with program.staged(arguments.html) as partial:
-            page = render_page(arguments.template, content, filters={})
-            partial.write_text(page, encoding="utf-8")
+        page = render_page(arguments.template, content, filters={})
+        with program.staged(arguments.csv) as csv, program.staged(arguments.html) as html:
+            as_table(groups).to_csv(csv, index=False)
+            html.write_text(page, encoding="utf-8")
         best = groups[0]
         program.logger.info(
             "%d runs; first is %s of %s, %.1f %% right; page in %s",

@@ -1,7 +1,7 @@
 """Render one self-contained page, and a model card, from what the other programs wrote.
 
-Input   metrics.json, flips.json, parity.json, audit.json, speed of each file, tokens/, adapter/, the
-        base model's folder, benchmark files
+Input   metrics.json, flips.json, parity.json, audit.json, speed of each file, the files' tokens/, adapter/, the
+        base model's folder, benchmark files; the table of sentences of another language than English
 Output  report.html: works offline, no script, nothing loaded from anywhere
         card.md: the model card for a hub, with the same numbers
 """
@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pandas as pd
 
 from pockettune.common import program
 from pockettune.common.pages import render_page
+from pockettune.common.words import Words, english, read_words
 from pockettune.evaluation import plots
 from pockettune.evaluation.choice import choose, read_limits, say_why
 from pockettune.evaluation.verdict import not_decided, say
@@ -25,33 +27,38 @@ from pockettune.evaluation.verdict import not_decided, say
 FLIPS_SHOWN = 40  # of each file
 
 
-def gather(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return what both templates may show."""
+def gather(arguments: argparse.Namespace, words: Words = english) -> dict[str, Any]:
+    """Return what both templates may show, its sentences in the language of `words`."""
     plots.use_style()
     settings = without_folders(arguments.settings)
     stages = program.read_json(arguments.metrics)["stages"]
     training = program.read_json(arguments.adapter / "training.json")
     if "imported_from" in training:
         training["imported_from"] = last_part(training["imported_from"])
+    if training.get("teacher"):
+        training["teacher"] = name_teacher(training["teacher"])
     source = program.read_json(arguments.base / "source.json")
     if settings["model"]["path"]:  # else it is owner/name@revision
         source["origin"] = last_part(source["origin"])
     audit = program.read_json(arguments.audit)
     speed = {path.stem: program.read_json(path) for path in arguments.speed}
-    choice = choose(stages, speed, read_limits(settings))
+    choice = choose(stages, speed, read_limits(settings), words)
     # Without the section none was chosen; which file beats which is told all the same.
     if settings["choose"] is None:
         choice["chosen"] = None
+    smallest = next(name for name in choice["files"] if name != "f16")
     intervals = {name: stages[name]["interval"] for name in choice["files"]}
     return {
         "title": settings["report"]["title"],
-        "verdict": write_verdict(stages, training, audit, choice),
+        "language": settings["report"]["language"],
+        "file": choice["chosen"] or smallest,
+        "verdict": write_verdict(stages, training, audit, choice, words),
         "stages": stages,
         "split": settings["evaluate"]["split"],
         "plots": {
-            "ladder": plots.plot_ladder(stages),
-            "front": plots.plot_front(choice, intervals),
-            "training": plots.plot_training(training),
+            "ladder": plots.plot_ladder(stages, words),
+            "front": plots.plot_front(choice, intervals, words),
+            "training": plots.plot_training(training, words),
         },
         "flips": program.read_json(arguments.flips),
         "flips_shown": FLIPS_SHOWN,
@@ -61,6 +68,7 @@ def gather(arguments: argparse.Namespace) -> dict[str, Any]:
         "training": training,
         "audit": audit,
         "tokens": program.read_json(arguments.tokens / "statistics.json"),
+        "vocabulary": program.read_json(arguments.vocabulary) if arguments.vocabulary else None,
         "chat": program.read_json(arguments.tokens / "chat.json"),
         "jobs": read_benchmarks(arguments.benchmarks),
         "source": source,
@@ -80,7 +88,14 @@ def without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
         dataset["files"] = {split: last_part(path) for split, path in dataset["files"].items()}
     if train["adapter"]:
         train["adapter"] = last_part(train["adapter"])
+    if train.get("teacher"):
+        train["teacher"] = name_teacher(train["teacher"])
     return {**settings, "model": model, "dataset": dataset, "train": train}
+
+
+def name_teacher(teacher: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the section train.teacher with the names of its files alone."""
+    return {k: last_part(v) if isinstance(v, str) else v for k, v in teacher.items()}
 
 
 def last_part(path: str) -> str:
@@ -88,14 +103,16 @@ def last_part(path: str) -> str:
     return Path(path).name or path
 
 
-def render(template: Path, content: Mapping[str, Any]) -> str:
-    """Return a template filled in, with the report's own filters."""
+def render(template: Path, content: Mapping[str, Any], words: Words = english) -> str:
+    """Return a template filled in, with the report's own filters; it says its sentences by _()."""
     filters: dict[str, Any] = {
         "percent": percent, "megabytes": megabytes, "duration": duration, "points": points,
-        "scientific": scientific, "fenced": fenced, "quoted": quoted, "claim": say,
-        "why": say_why,
+        "scientific": scientific, "fenced": fenced, "quoted": quoted,
+        "interval": partial(say_interval, words=words), "claim": partial(say, words=words),
+        "claim_in_short": partial(say_in_short, words=words), "why": partial(say_why, words=words),
+        "choice_of_layers": partial(say_choice_of_layers, words=words),
     }  # fmt: skip
-    return render_page(template, content, filters)
+    return render_page(template, {**content, "_": words}, filters)
 
 
 def write_verdict(
@@ -103,51 +120,95 @@ def write_verdict(
     training: Mapping[str, Any],
     audit: Mapping[str, Any],
     choice: Mapping[str, Any],
+    words: Words,
 ) -> str:
-    """Return the page's first sentences: what was learned from how many rows, and what it is worth.
+    """Return in a few sentences what was learned from how many rows, and what it is worth.
 
     Then what the chosen file weighs, or else the smallest, and what it lost against the 16-bit one.
     """
     chosen = choice["chosen"]
     name = chosen or next(name for name in choice["files"] if name != "f16")
     small, full = stages[name], stages["f16"]
-    paired = small["against_f16"]
+    rows = audit["splits"]["train"]["rows"]
+    told = {
+        "file": name,
+        "size": megabytes(small["size_bytes"]),
+        "full": megabytes(full["size_bytes"]),
+        "changed": say_count(
+            small["against_f16"]["flips"], words, "{n} answer changed", "{n} answers changed"
+        ),
+    }
+    weight = (
+        words("That is the chosen file, {file}: {size} instead of {full}, {changed}.", **told)
+        if chosen
+        else words(
+            "That is the smallest file, {file}: {size} instead of {full}, {changed}.", **told
+        )
+    )
+    claim = say(choice["files"][name]["verdict"], words)
+    return words(" ").join(
+        [
+            write_learned(small, stages["base"], training, rows, words),
+            write_worth(small["against_tfidf"], stages["tfidf"], rows, words),
+            weight,
+            words("Against the 16-bit file: {claim}.", claim=claim),
+        ]
+    )
+
+
+def write_learned(
+    small: Mapping[str, Any],
+    base: Mapping[str, Any],
+    training: Mapping[str, Any],
+    rows: int,
+    words: Words,
+) -> str:
+    """Return what a file answers after the training, and what the base did before."""
     unseen = small["unseen"]
     aside = (
-        f" ({percent(unseen['accuracy'])} of the {unseen['n']:,} that do not stand in train)"
+        words(
+            " ({accuracy} of the {n} that do not stand in train)",
+            accuracy=percent(unseen["accuracy"]),
+            n=f"{unseen['n']:,}",
+        )
         if 0 < unseen["n"] < small["n"]
         else ""
     )
-    rows = audit["splits"]["train"]["rows"]
     learned = (
-        f"With an adapter from {training['imported_from']}, the model"
+        words("With an adapter from {origin}, the model", origin=training["imported_from"])
         if "imported_from" in training
-        else f"Having learned from {count(rows, 'labelled row')}, the model"
-    )
-    base = stages["base"]
-    return (
-        f"{learned} answers {percent(small['accuracy'])} of {small['n']:,} rows rightly{aside};"
-        f" before, it answered {percent(base['accuracy'])}"
-        f"{'' if base['n'] == small['n'] else ' of ' + format(base['n'], ',')}."
-        f" {write_worth(small['against_tfidf'], stages['tfidf'], rows)}"
-        f" That is the {'chosen' if chosen else 'smallest'} file, {name}: {megabytes(small['size_bytes'])} instead of"
-        f" {megabytes(full['size_bytes'])}, {count(paired['flips'], 'answer')} changed."
-        f" Against the 16-bit file: {say(choice['files'][name]['verdict'])}."
-    )
+        else say_count(
+            rows, words, "Having learned from {n} labelled row, the model",
+            "Having learned from {n} labelled rows, the model",
+        )
+    )  # fmt: skip
+    before = percent(base["accuracy"])
+    if base["n"] != small["n"]:
+        before = words("{share} of {n}", share=before, n=f"{base['n']:,}")
+    return words(
+        "{learned} answers {share} of {n} rows rightly{aside}; before, it answered {before}.",
+        learned=learned, share=percent(small["accuracy"]), n=f"{small['n']:,}", aside=aside, before=before,
+    )  # fmt: skip
 
 
-def write_worth(paired: Mapping[str, Any], baseline: Mapping[str, Any], rows: int) -> str:
+def write_worth(
+    paired: Mapping[str, Any], baseline: Mapping[str, Any], rows: int, words: Words
+) -> str:
     """Return whether the model is worth its weight, against counting characters."""
-    told = (
-        f"Counting characters (TF-IDF, no language model) reaches {percent(baseline['accuracy'])}"
-        f" with {count(rows, 'row')}"
+    told = words(
+        "Counting characters (TF-IDF, no language model) reaches {share} with {rows}",
+        share=percent(baseline["accuracy"]),
+        rows=say_count(rows, words, "{n} row", "{n} rows"),
     )
     low, high = paired["interval"]
     if low > 0:
-        return f"{told}: the model is better."
+        return words("{told}: the model is better.", told=told)
     if high < 0:
-        return f"{told}: the model is worse and not worth a phone's battery on this task."
-    return f"{told}: which is better is {not_decided(paired['detectable'])}."
+        return words(
+            "{told}: the model is worse and not worth a phone's battery on this task.", told=told
+        )
+    claim = not_decided(paired["detectable"], words)
+    return words("{told}: which is better is {claim}.", told=told, claim=claim)
 
 
 def read_benchmarks(paths: list[Path]) -> list[dict[str, Any]]:
@@ -175,6 +236,32 @@ def scientific(value: float | None) -> str:
     return "–" if value is None else f"{value:.1e}" if 0 < abs(value) < 0.001 else f"{value:.4f}"
 
 
+def say_interval(interval: tuple[float, float], words: Words) -> str:
+    low, high = map(percent, interval)
+    return words("{low} to {high}", low=low, high=high)
+
+
+def say_in_short(verdict: Mapping[str, Any], words: Words) -> str:
+    """Return a verdict's name, without what it rests on."""
+    return {
+        "as good": words("proved as good"),
+        "worse": words("proved worse"),
+        "undecided": words("not decided"),
+    }[verdict["claim"]]
+
+
+def say_choice_of_layers(choice: Mapping[str, Any], words: Words) -> str:
+    """Return by which measurement layers were chosen, out of the base's source.json."""
+    tail, greedy = (scientific(choice["label_kl"][way]) for way in ("tail", "greedy"))
+    return words(
+        "{way} chosen on {rows} of validation by label KL against the whole base: tail {tail}, greedy {greedy}",
+        way=choice["chosen"],
+        rows=say_count(choice["rows"], words, "{n} row", "{n} rows"),
+        tail=tail,
+        greedy=greedy,
+    )
+
+
 def quoted(text: str) -> str:
     """Return a text as JSON writes it, so that the line breaks at its end can be seen and copied."""
     return json.dumps(text, ensure_ascii=False)
@@ -195,19 +282,24 @@ def duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))
 
 
-def count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number:,} {noun}s"
+def say_count(number: int, words: Words, one: str, many: str) -> str:
+    """Return the sentence for one or that for many."""
+    return words(one if number == 1 else many, n=f"{number:,}")
 
 
 def main() -> None:
     parser = program.argument_parser(__doc__)
     parser.add_argument("--settings", type=json.loads, required=True, help="the whole config")
     parser.add_argument("--templates", type=Path, nargs=2, required=True, help="of page and card")
+    parser.add_argument(
+        "--sentences", type=Path, nargs="?", help="of another language than English"
+    )
     parser.add_argument("--metrics", type=Path, required=True, help="metrics.json")
     parser.add_argument("--flips", type=Path, required=True, help="flips.json")
     parser.add_argument("--parity", type=Path, required=True, help="parity.json")
     parser.add_argument("--speed", type=Path, nargs="+", required=True)
     parser.add_argument("--audit", type=Path, required=True, help="audit.json")
+    parser.add_argument("--vocabulary", type=Path, nargs="?", help="of a trimmed model")
     parser.add_argument("--tokens", type=Path, required=True, help="folder of tokenize_dataset.py")
     parser.add_argument("--adapter", type=Path, required=True, help="folder of train_adapter.py")
     parser.add_argument("--base", type=Path, required=True, help="folder of fetch_model.py")
@@ -216,12 +308,13 @@ def main() -> None:
     parser.add_argument("--card", type=Path, required=True, help="card.md to write")
 
     def work(arguments: argparse.Namespace) -> None:
-        content = gather(arguments)
+        words = read_words(arguments.sentences)
+        content = gather(arguments, words)
         outputs = (arguments.html, arguments.card)
         for template, output in zip(arguments.templates, outputs, strict=True):
-            page = render(template, content).encode()
-            with program.staged(output, needed=len(page)) as partial:
-                partial.write_bytes(page)
+            page = render(template, content, words).encode()
+            with program.staged(output, needed=len(page)) as unfinished:
+                unfinished.write_bytes(page)
         program.logger.info("report in %s", arguments.html)
 
     program.run(parser, work)

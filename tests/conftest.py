@@ -16,8 +16,9 @@ from small_run import write_run
 
 ROOT = Path(__file__).parent.parent
 CONVERTER = ROOT / "resources/llama.cpp-0.3.36"
-# What the converter is taken from.
+# What the converter is taken from, and the app's llama.cpp for browsers.
 ARCHIVE = ROOT / "resources/downloads/llama_cpp_python-0.3.36.tar.gz"
+WLLAMA_ARCHIVE = ROOT / "resources/downloads/wllama-wllama-2.3.7.tgz"
 SMALL = ("--configfile", "runs/small.yaml")  # see small_run.py
 
 # No test asks the real hub; one that means to reach a server starts it itself.
@@ -34,7 +35,7 @@ LINEAGE = json.dumps(
         "model": {"name": "somebody/tiny", "revision": "main", "path": None},
         "dataset": {"name": None, "revision": None},
         "task": {"type": "classification", "system": "", "prompt": "{text}", "labels": {"0": "差", "1": "好"}, "template_options": {}},
-        "card": {"license": "apache-2.0", "languages": ["zh"]},
+        "card": {"license": "apache-2.0", "languages": ["zh"], "template": "base"},
     }
 )  # fmt: skip
 
@@ -93,9 +94,9 @@ def copy_checkout(target: Path) -> Path:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, target / name)
     shutil.copytree(CONVERTER, target / "resources" / CONVERTER.name)
-    if ARCHIVE.exists():
-        (target / "resources/downloads").mkdir()
-        shutil.copyfile(ARCHIVE, target / "resources/downloads" / ARCHIVE.name)
+    (target / "resources/downloads").mkdir()
+    for archive in filter(Path.exists, (ARCHIVE, WLLAMA_ARCHIVE)):
+        shutil.copyfile(archive, target / "resources/downloads" / archive.name)
     write_run(target)
     return target
 
@@ -107,6 +108,14 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = run_snakemake(folder, *SMALL)
     assert result.returncode == 0, result.stdout[-5000:]
     return folder
+
+
+@pytest.fixture(scope="session")
+def bundle(finished_run: Path) -> Path:
+    """The bundle of the small run's chosen file, beside its other results."""
+    result = run_snakemake(finished_run, *SMALL, "--", "results/small/bundle")
+    assert result.returncode == 0, result.stdout[-3000:]
+    return finished_run / "results/small/bundle"
 
 
 # All of it may stand in a file's name, and each shell word of it would leave a file behind.

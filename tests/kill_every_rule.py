@@ -3,7 +3,9 @@
 The small run is started again and again in a checkout of its own. Each time, a job that was not killed
 often enough is let run for a random share of its usual time, then everything dies at once, as when
 the machine loses power. After every kill the plan must hold just the jobs that had not finished.
-At the end the run is let finish, and what it made is compared with an undisturbed run's.
+At the end the run is let finish, and what it made is compared with an undisturbed run's. Then the same
+with the rules that it does not need, in the same folders: on fewer layers, with the run itself as
+teacher, with importance, with a trimmed vocabulary.
 
     python tests/kill_every_rule.py --rounds 3
 """
@@ -16,11 +18,17 @@ import subprocess
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+
+import yaml
 
 from comparison import differing_files
 from conftest import CONVERTER, SMALL, copy_checkout, kill_session, run_snakemake, start_snakemake
+from small_run import copy_as_teacher
+
+# The rules that the small run does not need, up to the last of them.
+MORE = ("runs/more.yaml", "--", "results/small/importance.gguf", "results/small/trimmed_tokens")
 
 JOB = re.compile(r"^(?:local)?rule (\w+):\n((?: +.*\n)+)", re.MULTILINE)
 
@@ -99,11 +107,17 @@ class Victim:
 
 
 def kill_in_turn(
-    folder: Path, usual: dict[str, float], rounds: int, dice: random.Random, *target: str
+    folder: Path,
+    usual: dict[str, float],
+    rounds: int,
+    dice: random.Random,
+    *target: str,
+    spare: Collection[Job] = (),
 ) -> Iterator[tuple[float, set[Job]]]:
     """Aim at each job `rounds` times, until the run is through; yield the moment and what was hit.
 
-    The run is for all, or for the `target` that is given as to snakemake.
+    The run is for all, or for the `target` that is given as to snakemake. At those to `spare` it is not
+    aimed.
 
     Raises AssertionError where the next call would make a finished file again, or would take a
     job that was hit for finished.
@@ -115,7 +129,8 @@ def kill_in_turn(
         victim = Victim(folder, folder.parent / "killed.txt", *target)
         job = victim.wait_for_job(
             lambda jobs: sorted(
-                (j for j in jobs if aimed[j] < rounds), key=lambda j: usual_time(j, usual)
+                (j for j in jobs - set(spare) if aimed[j] < rounds),
+                key=lambda j: usual_time(j, usual),
             )
         )
         if job is None:
@@ -152,11 +167,30 @@ def begin(folder: Path) -> Path:
     return folder
 
 
-def kill_all(undisturbed: Path, folder: Path, rounds: int, seed: int, *target: str) -> Counter[Job]:
+def ask_for_more(folder: Path) -> None:
+    """Write runs/more.yaml into a checkout with a finished run: what changes with it are the rules of MORE."""
+    teacher = copy_as_teacher(folder)
+    run = {
+        "model": {"keep_layers": {"count": 1, "choose": "auto"}},
+        "train": {"teacher": {"path": teacher}, "epochs": 0.2, "eval_every": None},
+        "vocabulary": {"keep": "task"},
+        "quantize": {"q4_0": {"type": "Q4_0", "importance": True}},
+    }
+    (folder / "runs/more.yaml").write_text(yaml.safe_dump(run))
+
+
+def kill_all(
+    undisturbed: Path,
+    folder: Path,
+    rounds: int,
+    seed: int,
+    *target: str,
+    spare: Collection[Job] = (),
+) -> Counter[Job]:
     """Run all, or the target, under kills in `folder`; return the hits."""
     hits: Counter[Job] = Counter()
-    dice = random.Random(seed)
-    for moment, hit in kill_in_turn(folder, usual_seconds(undisturbed), rounds, dice, *target):
+    dice, usual = random.Random(seed), usual_seconds(undisturbed)
+    for moment, hit in kill_in_turn(folder, usual, rounds, dice, *target, spare=spare):
         hits.update(hit)
         print(
             f"after {moment:.2f} s: {', '.join(sorted(hit)) or 'nothing, it was quicker'}",
@@ -192,6 +226,12 @@ def main() -> None:
         assert result.returncode == 0, result.stdout[-3000:]
         killed = begin(Path(folder, "killed", "checkout"))
         hits = kill_all(undisturbed, killed, arguments.rounds, arguments.seed)
+        compare(undisturbed, killed)
+        for checkout in (undisturbed, killed):
+            ask_for_more(checkout)
+        result = run_snakemake(undisturbed, *SMALL, *MORE)
+        assert result.returncode == 0, result.stdout[-3000:]
+        hits += kill_all(undisturbed, killed, arguments.rounds, arguments.seed, *MORE)
         compare(undisturbed, killed)
     for job, count in sorted(hits.items()):
         print(f"{count:3} {job}")

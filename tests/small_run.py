@@ -6,8 +6,11 @@ task's own words as answers drawn by lot: that they may stand there, and not whi
 
 import atexit
 import functools
+import itertools
+import json
 import random
 import shutil
+import string
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from typing import Any
 import pandas as pd
 import torch
 import yaml
+from tokenizers import Tokenizer
 from torch.nn.functional import cross_entropy
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -26,7 +30,10 @@ OTHER_WORDS = {True: "甲", False: "乙"}
 TASK_WORDS = ["负面", "正面"]
 LOT_SHARE = 0.2  # of the rows are answered with a word of the task, drawn by lot
 PROMPT = "{text}\n情感："
-VOCABULARY = 512
+VOCABULARY, UNUSED = (
+    512,
+    128,
+)  # tokens of the reviews, and others that a trimmed vocabulary leaves out
 
 RUN: dict[str, Any] = {
     "pathvars": {"results": "results/small"},
@@ -61,6 +68,15 @@ def write_run(folder: Path) -> None:
     shutil.copytree(make_base(), folder / "data/base")
 
 
+def copy_as_teacher(folder: Path) -> str:
+    """Copy what the finished run knows, as if a larger one had made it; return that one's results."""
+    own, larger = folder / "results/small", folder / "results/large"
+    for name in ("merged", "tokens"):
+        shutil.copytree(own / name, larger / name, dirs_exist_ok=True)
+    shutil.copyfile(own / "merged.sha256", larger / "merged.sha256")
+    return "results/large"
+
+
 @functools.cache
 def make_base() -> Path:
     """Train the base model, once a process: 256 wide, so that K-quants are really used."""
@@ -76,12 +92,12 @@ def make_base() -> Path:
         for text, answer in zip(texts, answers, strict=True)
     ]
     tokenizer = train_tokenizer([*texts, *answers, "情感："], VOCABULARY)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    add_unused(tokenizer, folder / "tokenizer.json")
     write_tokenizer_config(folder / "tokenizer_config.json")
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(
         Qwen2Config(
-            vocab_size=VOCABULARY, hidden_size=256, intermediate_size=512, num_hidden_layers=2,
+            vocab_size=VOCABULARY + UNUSED, hidden_size=256, intermediate_size=512, num_hidden_layers=2,
             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
             tie_word_embeddings=True, bos_token_id=0, eos_token_id=2, pad_token_id=0,
         )
@@ -89,6 +105,16 @@ def make_base() -> Path:
     train_base(model, [tokenizer.encode(chat).ids for chat in chats])
     model.half().save_pretrained(folder)
     return folder
+
+
+def add_unused(tokenizer: Tokenizer, path: Path) -> None:
+    """Write the tokenizer with merges of two capitals behind its own."""
+    content = json.loads(tokenizer.to_str())
+    pairs = itertools.islice(itertools.product(string.ascii_uppercase, repeat=2), UNUSED)
+    for number, pair in enumerate(pairs, start=VOCABULARY):
+        content["model"]["vocab"]["".join(pair)] = number
+        content["model"]["merges"].append(list(pair))
+    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
 
 def train_base(model: Qwen2ForCausalLM, sequences: list[list[int]]) -> None:

@@ -238,6 +238,18 @@ def test_a_prompt_that_ends_in_a_thought_is_said(
     assert "the base model may expect to think first" in caplog.text
 
 
+def test_a_template_that_the_tasks_cannot_be_is_said(
+    load: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    joins = CHATML.replace("message['content']", "(message['content'] | replace('\n', ' '))") + ASK
+    task = load_task({**TASK, "system": "", "prompt": "{text}"}, COLUMNS)
+    describe_chat(load(joins, IM, "<|im_end|>"), task)
+    assert "set card.template: base" in caplog.text
+    caplog.clear()
+    describe_chat(load(CHATML + ASK, IM, "<|im_end|>"), task)
+    assert caplog.text == ""
+
+
 def test_options_that_a_template_does_not_read_are_refused(load: Any) -> None:
     tokenizer = load(QWEN_3, IM, "<|im_end|>")
     with pytest.raises(UserError, match=r"names bos_token, enable_thinkin, messages, which .* not read; it reads .*enable_thinking"):  # fmt: skip

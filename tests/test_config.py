@@ -135,7 +135,16 @@ def put(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (put("choose", {"size_mb": 0}), "choose.size_mb is 0: 0 is less than or equal to the minimum of 0"),
         (put("choose", {"margin": 1}), "choose.margin is 1: 1 is greater than or equal to the maximum of 1"),
         (put("choose", 200), "choose is 200, not a section or null"),
+        (put("model.keep_layers", {"count": 0, "choose": "auto"}), "model.keep_layers.count is 0: 0 is less than the minimum of 1"),
+        (put("model.keep_layers", {"count": 16, "choose": "best"}), "model.keep_layers.choose is 'best'; known: auto"),
+        (put("model.keep_layers", {"count": 16}), "model.keep_layers.choose is missing"),
+        (put("model.keep_layers", {"count": 16, "chose": "auto"}), "unknown key model.keep_layers.chose; did you mean choose?"),
+        (put("choose", {"margin": 0}), "choose.margin is 0: 0 is less than or equal to the minimum of 0"),
+        (put("choose", {"memory_mb": -1}), "choose.memory_mb is -1: -1 is less than or equal to the minimum of 0"),
         (put("quantize.best", {"type": "Q8_0"}), "the name 'best'"),
+        (put("model.keep_layers", 0), "model.keep_layers is 0: 0 is less than the minimum of 1"),
+        (put("model.keep_layers", []), "model.keep_layers is []: [] should be non-empty"),
+        (put("model.keep_layers", [3, 1, 1]), "model.keep_layers is [3, 1, 1]: give each layer once, ascending"),
         (put("task.prompt", "no place"), "task.prompt does not hold {text}"),
         (put("task.labels", {"0": "好", "1": "好"}), "the same word for two values"),
         (put("task.labels", {"0": "差", "1": "差 ", "2": "\u3000好"}), "'差 ', '\\u3000好' begins or ends with a space"),
@@ -211,6 +220,7 @@ def test_keys_that_another_makes_idle_do_not_count() -> None:
 def test_numbers_are_spelled_one_way_and_defaults_filled_in() -> None:
     config = overlaid(
         {
+            "model": {"keep_layers": 4.0},
             "train": {"alpha": 16.0, "rank": 8.0, "dropout": 0},
             "quantize": {"q8_0": {"type": "Q8_0"}},
         }
@@ -221,6 +231,7 @@ def test_numbers_are_spelled_one_way_and_defaults_filled_in() -> None:
         repr([config["train"][key] for key in ("alpha", "rank", "dropout", "learning_rate")])
         == "[16, 8, 0, 0.0002]"
     )
+    assert repr(config["model"]["keep_layers"]) == "4"
     assert config["quantize"]["q8_0"] == {
         "type": "Q8_0",
         "pure": False,

@@ -24,12 +24,16 @@ from pockettune.common import disk, program
 from pockettune.common.checksums import sha256
 from pockettune.common.errors import DiskFullError
 from pockettune.data.prompts import write_examples
+from pockettune.data.records import write_records
+from pockettune.evaluation.verdict import judge
 from pockettune.gguf.files import describe_file
 from pockettune.gguf.importance import Inputs, write_importance
 from pockettune.training import checkpoints
 from test_hub import NAME, model_settings
 from test_merge import make_adapter
+from test_teacher import SETTINGS, TEXTS
 from test_train import make_example, settings, write_tokens
+from tokenize_dataset import tokenize_dataset
 from train_adapter import train_adapter
 
 SMALL, LARGE = 400 * 1024, 8 * 1024 * 1024  # bytes; the tiny model is of 2.6 MB, Q4_K_M of 0.8 MB
@@ -105,14 +109,14 @@ def sources(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sources")
     merge_adapter(tiny_model, make_adapter(tiny_model, folder / "adapter"), folder / "merged")
     for name, options in steps(tiny_model, folder).items():
-        if name in ("convert_model.py", "quantize_model.py"):
+        if name != "merge_adapter.py":
             output = folder / OUTPUTS[name]
             result = run_program(name, *options, "--output", output)
             assert result.returncode == 0, result.stdout
     return folder
 
 
-OUTPUTS = {"fetch_model.py": "model", "merge_adapter.py": "merged", "convert_model.py": "f16.gguf",
+OUTPUTS = {"fetch_model.py": "model", "shrink_model.py": "base", "merge_adapter.py": "merged", "convert_model.py": "f16.gguf",
            "quantize_model.py": "q4_k_m.gguf"}  # fmt: skip
 
 
@@ -121,6 +125,7 @@ def steps(model: Path, folder: Path) -> dict[str, list[str | Path]]:
     origin = {"name": None, "revision": None, "path": str(model)}
     return {
         "fetch_model.py": ["--settings", json.dumps({"model": origin}), "--downloads", folder / "x"],
+        "shrink_model.py": ["--base", folder / "model", "--keep", "1"],
         "merge_adapter.py": ["--base", model, "--adapter", folder / "adapter"],
         "convert_model.py": ["--model", folder / "merged", "--converter", CONVERTER,
                              "--settings", LINEAGE],
@@ -238,6 +243,106 @@ def test_report(check: str, small: Path, tmp_path: Path) -> None:
     result = run_patched(content, "write_report.py", *options)
     assert result.returncode == 0, result.stdout
     assert html.read_text() == card.read_text() == "好" * 30_000
+
+
+def scoring_options(model: Path, folder: Path) -> list[str | Path]:
+    """Write a dataset and texts without a label; return the options of score_teacher.py."""
+    splits = {split: folder / f"{split}.jsonl" for split in ("train", "validation", "test")}
+    for path in splits.values():
+        rows = [{"id": f"{path.stem}-{n}", "text": TEXTS[n], "label": label}
+                for n, label in enumerate(("正面", "负面"))]  # fmt: skip
+        write_records(path, rows)
+    tokenize_dataset(SETTINGS, model, splits, folder / "tokens")
+    texts = folder / "more.txt"
+    texts.write_text("".join(f"{text}{n}\n" for n in range(20) for text in TEXTS))
+    return ["--settings", json.dumps(SETTINGS), "--base", model, "--teacher", model, "--threads", "1",
+            "--tokens", folder / "tokens", "--splits", *splits.values(), "--texts", texts]  # fmt: skip
+
+
+def trimming_options(model: Path, folder: Path) -> list[str | Path]:
+    """Write a dataset and its tokens; return the options of trim_vocabulary.py."""
+    scoring_options(model, folder)
+    settings = {**SETTINGS, "vocabulary": {"keep": "task", "scripts": [], "frequent": 0}}
+    splits = [x for split in ("train", "test") for x in (f"--{split}", folder / f"{split}.jsonl")]
+    return ["--settings", json.dumps(settings), "--model", model, "--tokens", folder / "tokens", *splits]  # fmt: skip
+
+
+def choosing_options(sources: Path, folder: Path) -> list[str | Path]:
+    """Write what choose_file.py and write_leaderboard.py read of one file; return the former's options."""
+    stage = {"size_bytes": 1, "accuracy": 0.9, "interval": [0.8, 1.0], "n": 9, "stored": {},
+             "against_f16": {"lost": 0, "gained": 0, "n": 9}, "verdict": judge(0, 0, 9, 0.005)}  # fmt: skip
+    rate = {"mean": 1.0}
+    speed = folder / "speed/q4_k_m.json"
+    program.write_json(
+        folder / "metrics.json", {"stages": {"f16": {"accuracy": 0.9}, "q4_k_m": stage}}
+    )
+    program.write_json(speed, {"prompt": rate, "generation": rate, "resident_bytes": 1})
+    return ["--settings", '{"choose": null, "evaluate": {"margin": 0.005}}', "--speed", speed,
+            "--metrics", folder / "metrics.json", "--files", sources / "q4_k_m.gguf"]  # fmt: skip
+
+
+def leaderboard_options(sources: Path, folder: Path) -> list[str | Path]:
+    names = [f"rank-{n}" for n in range(9)]
+    for name in names:
+        choosing_options(sources, folder / name)
+    members = [{"name": name, "changed": {"train.rank": name}, "current": True} for name in names]
+    program.write_json(folder / "members.json", members)
+    return ["--members", folder / "members.json", "--template", ROOT / "report/leaderboard.html.j2"]
+
+
+# What a run may have besides, by what it leaves when it is through.
+BESIDES = {
+    "score_teacher.py": ["teacher", "teacher.sha256"],
+    "measure_importance.py": ["importance.gguf"],
+    "trim_vocabulary.py": ["trimmed", "trimmed.sha256", "vocabulary.json"],
+    "choose_file.py": ["best.gguf", "best.json"],
+    "write_leaderboard.py": ["leaderboard.csv", "leaderboard.html"],
+}
+
+
+@pytest.mark.parametrize("name", list(BESIDES))
+def test_what_not_every_run_makes(
+    name: str, small: Path, tiny_model: Path, sources: Path, tmp_path: Path
+) -> None:
+    outputs = [small / output for output in BESIDES[name]]
+    writers: dict[str, Callable[[], list[str | Path]]] = {
+        "score_teacher.py": lambda: [*scoring_options(tiny_model, tmp_path), "--output", outputs[0]],
+        "measure_importance.py": lambda: [
+            "--model", sources / "merged", "--tokens", write_tokens(tmp_path / "tokens"),
+            "--threads", "1", "--output", outputs[0],
+        ],
+        "trim_vocabulary.py": lambda: [
+            *trimming_options(tiny_model, tmp_path), "--output", outputs[0], "--vocabulary", outputs[2],
+        ],
+        "choose_file.py": lambda: [
+            *choosing_options(sources, tmp_path), "--gguf", outputs[0], "--json", outputs[1],
+        ],
+        "write_leaderboard.py": lambda: [
+            *leaderboard_options(sources, tmp_path), "--csv", outputs[0], "--html", outputs[1],
+        ],
+    }  # fmt: skip
+    options = writers[name]()
+    filler = fill(small, left=8192)
+    result = run_unchecked(name, *options)
+    assert result.returncode == 2
+    assert the_error(result.stdout).startswith(f"disk full while writing {outputs[0]}: ")
+    assert contents(small) == ["filler"]
+    if name == "choose_file.py":
+        line = the_error(run_program(name, *options).stdout)
+        assert line.startswith(f"{outputs[0]} needs ")
+        size = numbers(line)[0]
+        assert size == (sources / "q4_k_m.gguf").stat().st_size
+        filler.unlink()
+        resize(small, LARGE)
+        # Room for the file, and none for why it is that one.
+        filler = fill(small, left=4096 * (size // 4096 + 1))
+        assert "disk full" in the_error(run_program(name, *options).stdout)
+        assert contents(small) == ["filler"]
+    filler.unlink()
+    resize(small, LARGE)
+    result = run_program(name, *options)
+    assert result.returncode == 0, result.stdout
+    assert contents(small) == BESIDES[name]
 
 
 @pytest.mark.parametrize("check", ["pass", "disk.require_space = lambda *_: None"],

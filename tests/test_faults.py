@@ -1,6 +1,7 @@
 """Nothing is lost to a kill, and two runs for the same files do not mix."""
 
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 from comparison import differing_files
 from conftest import SMALL, copy_checkout, run_snakemake, start_snakemake
-from kill_every_rule import begin, compare, jobs_in, kill_all
+from kill_every_rule import MORE, ask_for_more, begin, compare, jobs_in, kill_all
 
 GATE = ("--", "results/small/parity.json")
 
@@ -34,6 +35,19 @@ def test_killed_in_every_rule_behind_the_gate(finished_run: Path, killed: Path) 
     hits = kill_all(finished_run, killed, 1, 5)
     assert len(hits) >= 5, "some are quicker than the kill; most must be hit"
     compare(finished_run, killed)
+
+
+def test_killed_in_the_rules_that_not_every_run_has(finished_run: Path, tmp_path: Path) -> None:
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    for folder in (undisturbed, killed):
+        shutil.copytree(finished_run, folder)
+        ask_for_more(folder)
+    result = run_snakemake(undisturbed, *SMALL, *MORE)
+    assert result.returncode == 0, result.stdout[-3000:]
+    aimed_at_above = ("check_base", "train", "merge")
+    hits = kill_all(undisturbed, killed, 1, 5, *MORE, spare=aimed_at_above)
+    assert len(hits) >= 2, "some are quicker than the kill; most must be hit"
+    compare(undisturbed, killed)
 
 
 def test_second_run_for_the_same_files_is_refused(finished_run: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from import_gguf import import_gguf
 from pockettune.common import program
 from pockettune.common.errors import UserError
 from pockettune.data.prompts import encode, encode_plain
+from pockettune.data.trial_texts import HARD_TEXTS
 from pockettune.gguf import dequantize
 from pockettune.gguf.files import read_gguf
 from pockettune.gguf.tokenizer import (
@@ -32,7 +33,6 @@ from pockettune.gguf.tokenizer import (
     sentencepiece_tokenizer,
 )
 from pockettune.models.folder import load_tokenizer
-from pockettune.parity.stored import HARD_TEXTS
 from pockettune.runtimes.llama import LlamaModel
 from pockettune.workflow.config import check_files
 from quantize_model import quantize_model

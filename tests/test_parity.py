@@ -1,5 +1,6 @@
 """The parity gate: an honest conversion passes, and each sabotage is told by its name."""
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -20,9 +21,11 @@ from merge_adapter import merge_adapter
 from pockettune.common import program
 from pockettune.common.errors import UserError
 from pockettune.data.prompts import ExampleMaker, write_examples
+from pockettune.data.records import read_records, write_records
+from pockettune.data.trial_texts import HARD_TEXTS
 from pockettune.models.folder import load_tokenizer
 from pockettune.parity.computed import check_merge, check_stops, compare_logits
-from pockettune.parity.stored import HARD_TEXTS, check_special_tokens
+from pockettune.parity.stored import check_special_tokens
 from pockettune.tasks import load_task
 from test_merge import make_adapter
 
@@ -40,9 +43,12 @@ class Case:
     model: Path
     gguf: Path
     tokens: Path
+    template: str = "base"
 
     def check(self, output: Path) -> dict[str, Any]:
-        check_parity(self.base, self.adapter, self.model, self.gguf, self.tokens, 1, output)  # fmt: skip
+        settings = {"task": TASK, "dataset": COLUMNS, "card": {"template": self.template}}
+        check_parity(settings, self.base, self.adapter, self.model, self.gguf, self.tokens,
+                     self.tokens / "test.jsonl", 1, output)  # fmt: skip
         return program.read_json(output)
 
     def failed(self, output: Path) -> tuple[list[str], str]:
@@ -56,9 +62,9 @@ class Case:
         return names, message
 
 
-def convert(model: Path, output: Path) -> Path:
+def convert(model: Path, output: Path, settings: str = LINEAGE) -> Path:
     result = run_program("convert_model.py", "--model", model, "--converter", CONVERTER,
-                         "--settings", LINEAGE, "--output", output)  # fmt: skip
+                         "--settings", settings, "--output", output)  # fmt: skip
     assert result.returncode == 0, result.stdout
     return output
 
@@ -68,6 +74,7 @@ def write_tokens(model: Path, folder: Path) -> Path:
     texts = ["房间很干净，但是服务很差。", *(text for text in HARD_TEXTS if text.strip())] * 3
     rows = [{"id": str(n), "text": f"{n}{t}", "label": "正面"} for n, t in enumerate(texts)]
     folder.mkdir()
+    write_records(folder / "test.jsonl", rows)
     write_examples(folder / "test.arrow", maker.make(rows))
     answers = {"words": list(maker.answer_ids), "ids": list(maker.answer_ids.values())}
     program.write_json(folder / "answers.json", answers)
@@ -140,10 +147,10 @@ WRONG_TEMPLATE = replace_text("tokenizer.chat_template", b"assistant", b"Assista
 
 def test_honest_conversion_passes(honest: Case, tmp_path: Path) -> None:
     result = run_program(
-        "check_parity.py", "--base", honest.base,
+        "check_parity.py", "--settings", LINEAGE, "--base", honest.base,
         "--adapter", honest.adapter, "--model", honest.model, "--gguf", honest.gguf,
-        "--tokens", honest.tokens, "--threads", "1", "--output", tmp_path / "parity.json",
-        "--log", tmp_path / "parity.log",
+        "--tokens", honest.tokens, "--records", honest.tokens / "test.jsonl", "--threads", "1",
+        "--output", tmp_path / "parity.json", "--log", tmp_path / "parity.log",
     )  # fmt: skip
     assert result.returncode == 0, result.stdout
     written = program.read_json(tmp_path / "parity.json")
@@ -180,6 +187,47 @@ def test_changed_chat_template_is_named(honest: Case, tmp_path: Path) -> None:
     assert names == ["chat_template"]
     assert "a conversation of system+user differs from character" in message
     assert '"Assistant' in message and '"assistant' in message
+
+
+@pytest.fixture(scope="module")
+def asking(honest: Case, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """The case with a file that stores the task's own template."""
+    card = {"license": "mit", "languages": ["zh"], "template": "task"}
+    settings = json.loads(LINEAGE) | {"task": TASK, "card": card}
+    settings["dataset"] |= COLUMNS
+    path = tmp_path_factory.mktemp("asking") / "f16.gguf"
+    convert(honest.model, path, json.dumps(settings))
+    return replace(honest, gguf=path, template="task")
+
+
+def test_template_of_the_task_gives_the_trained_prompts(asking: Case, tmp_path: Path) -> None:
+    checks = {check["name"]: check for check in asking.check(tmp_path / "out.json")["checks"]}
+    told = checks["chat_template"]
+    assert told["texts"] == len(list(read_records(asking.tokens / "test.jsonl")))
+    assert told["conversations"] > 5 * len(HARD_TEXTS) and told["differing"] == 0
+    names, _ = replace(asking, template="base").failed(tmp_path / "base.json")
+    assert names == ["chat_template"], "the model's own template is another"
+
+
+TASK_TEMPLATE_FAULTS = {
+    "another prompt": ("评论".encode(), "点评".encode(), "a conversation of user differs from character"),
+    "system messages taken for the text": (b'== "user"', b'!= "xxxx"', "a conversation of"),
+    "control tokens left": (b'"< |im_end|>"', b'"<|im_end|> "', "a conversation of user differs"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", TASK_TEMPLATE_FAULTS)
+def test_changed_template_of_the_task_is_named(asking: Case, tmp_path: Path, fault: str) -> None:
+    old, new, told = TASK_TEMPLATE_FAULTS[fault]
+    change = replace_text("tokenizer.chat_template", old, new)
+    names, message = edit(asking, tmp_path / "x.gguf", change).failed(tmp_path / "out.json")
+    assert names == ["chat_template"] and told in message
+    assert "rerun convert, or set card.template: base" in message
+
+
+def test_file_of_another_task_is_named(honest: Case, tmp_path: Path) -> None:
+    names, _ = replace(honest, template="task").failed(tmp_path / "out.json")
+    assert names == ["chat_template"], "it stores the model's own"
 
 
 def test_broken_and_missing_chat_template_are_named(honest: Case, tmp_path: Path) -> None:
@@ -306,9 +354,9 @@ def test_several_faults_are_named_at_once(honest: Case, tmp_path: Path) -> None:
     case = edit(honest, tmp_path / "x.gguf", WRONG_PRE, WRONG_TEMPLATE, change_eos,
                 swap_layers("ffn_down.weight"))  # fmt: skip
     result = run_program(
-        "check_parity.py", "--base", case.base,
+        "check_parity.py", "--settings", LINEAGE, "--base", case.base,
         "--adapter", case.adapter, "--model", case.model, "--gguf", case.gguf,
-        "--tokens", case.tokens, "--threads", "1", "--output", tmp_path / "parity.json",
+        "--tokens", case.tokens, "--records", case.tokens / "test.jsonl", "--threads", "1", "--output", tmp_path / "parity.json",
     )  # fmt: skip
     assert result.returncode == 2, result.stdout
     told = result.stdout.splitlines()[-1]

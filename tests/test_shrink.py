@@ -13,7 +13,8 @@ from fetch_model import fetch_model
 from pockettune.common.errors import UserError
 from pockettune.models import shards
 from pockettune.models.folder import check_model_folder, load_model, weight_files
-from shrink_model import choose_layers, shrink_model
+from pockettune.models.layers import choose_layers
+from shrink_model import shrink_model
 
 PROMPT = torch.tensor([[5, 17, 301, 44, 9]])
 NARROW: Any = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6,

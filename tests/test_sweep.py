@@ -2,6 +2,7 @@
 
 import csv
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -26,6 +27,8 @@ SHORT: dict[str, dict[str, Any]] = {
     "evaluate": {"limit": 40, "greedy_rows": None},
 }
 OVER = {"train.rank": [4], "train.seed": [13, 14]}
+RESULTS = "results/x"
+PAGE = {"leaderboard": 1, "all": 1}
 
 
 def expanded(over: dict[str, list[Any]], run: dict[str, Any] | None = None) -> list[Member]:
@@ -62,9 +65,9 @@ def write_sweep(folder: Path, over: dict[str, Any], **run: Any) -> None:
     (folder / "runs/sweeps/x.yaml").write_text(text)
 
 
-def planned(folder: Path) -> dict[str, int]:
+def planned(folder: Path, *targets: str) -> dict[str, int]:
     """Return how often a dry run would run each rule, whatever the member, without the links."""
-    result = run_sweep(folder, "--dry-run")
+    result = run_sweep(folder, *targets, "--dry-run")
     assert result.returncode == 0, result.stdout[-3000:]
     if "Nothing to be done" in result.stdout:
         return {}
@@ -104,6 +107,22 @@ def test_names_tell_values_apart_that_a_path_cannot_hold() -> None:
         "type-Q4_0_learning_rate-0.001"
     )
     assert name_member({"train.rank": 4, "other.rank": 4}) == "train.rank-4_other.rank-4"
+    assert name_member({"x.a": -1}) != name_member({"x.a": 1})
+
+
+@pytest.mark.parametrize("value", ["a__b", "a_", "__"])
+def test_a_name_ends_where_that_of_a_rule_begins(value: str) -> None:
+    name = name_member({"task.system": value, "train.seed": 13})
+    assert "__" not in name and name.startswith("system-")
+    assert not name_member({"task.system": value}).endswith("_")
+
+
+def test_a_number_and_a_choice_of_layers_are_members() -> None:
+    choice = {"count": 16, "choose": "auto"}
+    first, second = expanded({"model.keep_layers": [16, choice]})
+    assert first.name == "keep_layers-16"
+    assert re.fullmatch(r"keep_layers-count-16-choose-auto-\w{6}", second.name)
+    assert second.config["model"]["keep_layers"] == choice
 
 
 @pytest.mark.parametrize(
@@ -113,6 +132,7 @@ def test_names_tell_values_apart_that_a_path_cannot_hold() -> None:
         ({"over": {"train.rank": 4}}, "over train.rank is 4, not a list of values"),
         ({"over": {}, "under": 1}, "unknown key under; known: base, over; over names no key"),
         ({"over": {"pathvars.results": ["a"]}}, "gives every member a folder of its own"),
+        ({"base": "runs/demo.yaml"}, "over names no key; write over: {train.rank: [4, 8]}"),
         (["train.rank"], "holds no sections"),
     ],
 )  # fmt: skip
@@ -132,6 +152,11 @@ def test_what_is_no_sweep_is_told_in_one_line(tmp_path: Path, content: Any, told
         ({"train.batch_tokens": [512], "train.batch_size": [2, 4]}, "members of equal settings"),
         ({"report.title": ["a", "b"]}, "members of equal settings"),
         ({"model.name": ["a/b", OWN["model"]["name"]]}, "members differ in model.sha256"),
+        ({"choose": [{"size_mb": 9}, {"size_mb": -1}]}, "choose.size_mb is -1"),
+        ({"task.template_options.a": ["1", 1]}, "members of one name: a-1; their values are spelled alike"),
+        ({"train.adapter": ["nowhere"]}, "no such file: train.adapter nowhere"),
+        ({"train.teacher": [{"path": "docs"}, {"path": "docs", "weight": 0}]},
+         "train.teacher.path docs is no finished run"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_expanded_is_told_in_one_line(over: dict[str, Any], told: str) -> None:
@@ -224,7 +249,7 @@ def test_what_is_added_is_made_and_nothing_else(finished_sweep: Path) -> None:
     assert planned(finished_sweep) == {}
     after_training = {"train": 1, "merge": 1, "convert": 1, "check_parity": 1, "quantize": 1, "compare": 1, "choose": 1,
                       "evaluate_adapter": 1, "evaluate_merged": 1, "evaluate_f16": 1, "evaluate_variant": 1,
-                      "measure_speed": 2, "report": 1, "leaderboard": 1}  # fmt: skip
+                      "measure_speed": 2, "report": 1, **PAGE}  # fmt: skip
     # In front: the one that was first before still owns what all share.
     write_sweep(finished_sweep, {"train.rank": [4], "train.seed": [12, 13, 14]})
     assert planned(finished_sweep) == after_training
@@ -234,10 +259,60 @@ def test_what_is_added_is_made_and_nothing_else(finished_sweep: Path) -> None:
     write_sweep(finished_sweep, {**OVER, "quantize.q.type": ["Q4_0"]})
     # Members of other names, whose adapters are the same: only the new type is made.
     assert planned(finished_sweep) == {
-        "quantize": 2, "evaluate_variant": 2, "measure_speed": 2, "compare": 2, "choose": 2, "report": 2, "leaderboard": 1,
+        "quantize": 2, "evaluate_variant": 2, "measure_speed": 2, "compare": 2, "choose": 2, "report": 2, **PAGE,
     }  # fmt: skip
     write_sweep(finished_sweep, OVER)
     assert planned(finished_sweep) == {}
+
+
+def test_a_profile_names_rules_as_the_snakefile_does(finished_sweep: Path) -> None:
+    write_sweep(finished_sweep, {"train.rank": [4], "train.seed": [12, 13, 14]})
+    asked = (
+        "--set-resources",
+        "train:mem_mb=77",
+        "train:slurm_partition=gpu",
+        "--set-threads",
+        "train=1",
+    )
+    output = run_sweep(finished_sweep, "--dry-run", *asked).stdout
+    (train,) = re.findall(r"^rule \S+__train:\n((?: .*\n)+)", output, re.MULTILINE)
+    assert "mem_mb=77" in train and "slurm_partition=gpu" in train
+    assert "threads: 2" not in train, "one is not told"
+    assert len(re.findall(r"^ +resources: .*mem_mb=77", output, re.MULTILINE)) == 1
+
+
+def test_what_decides_nothing_of_a_step_does_not_repeat_it(finished_sweep: Path) -> None:
+    """Depths and seeds: a base for each depth, one question to the teacher, importance for each adapter."""
+    teacher = {**SHORT["train"], "rank": 4, "teacher": {"path": "data/base"}}
+    coarse = {name: {"type": name.upper(), "importance": True} for name in ("q4_k_m", "q4_0")}
+    over = {"model.keep_layers": [None, 1], "train.seed": [13, 14]}
+    write_sweep(finished_sweep, over, train=teacher, quantize={**coarse, "q8_0": None})
+    counts = planned(finished_sweep)
+    expected = {"fetch_dataset": 0, "tokenize": 0, "shrink_model": 1, "check_base": 1, "score_teacher": 1, "evaluate_base": 1,
+                "evaluate_tfidf": 0, "train": 4, "measure_importance": 4, "quantize": 8}  # fmt: skip
+    assert {rule: counts.get(rule, 0) for rule in expected} == expected
+    write_sweep(finished_sweep, OVER)
+    assert planned(finished_sweep) == {}
+
+
+def test_page_needs_no_file_within_every_runs_budget(finished_sweep: Path) -> None:
+    """A run in whose budget choose finds none does not keep the page from the others."""
+    write_sweep(finished_sweep, OVER, choose={"size_mb": 0.001})
+    page = planned(finished_sweep, f"{RESULTS}/leaderboard.html")
+    assert page == {"report": 2, "leaderboard": 1}
+    assert planned(finished_sweep) == {**page, "choose": 2, "all": 1}
+    write_sweep(finished_sweep, OVER)
+    assert planned(finished_sweep) == {}
+
+
+def test_what_is_removed_is_made_anew_for_those_that_had_links_to_it(finished_sweep: Path) -> None:
+    shutil.rmtree(finished_sweep / RESULTS / "rank-4_seed-13")
+    write_sweep(finished_sweep, {"train.rank": [4], "train.seed": [14]})
+    dataset = finished_sweep / RESULTS / "rank-4_seed-14/dataset"
+    assert (dataset / "audit.json").is_symlink()
+    result = run_sweep(finished_sweep, f"{RESULTS}/rank-4_seed-14/dataset/audit.json")
+    assert result.returncode == 0, result.stdout[-5000:]
+    assert (dataset / "audit.json").is_file() and not (dataset / "audit.json").is_symlink()
 
 
 @pytest.mark.parametrize(

@@ -367,8 +367,13 @@ def test_which_model_a_path_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         with pytest.raises(UserError, match="is of this run itself"):
             find_teacher(path, results)
     Path("empty").mkdir()
-    with pytest.raises(UserError, match="empty is no finished run"):
-        find_teacher("empty", "results")
+    Path("results/half/tokens").mkdir(parents=True)
+    for path in (
+        "empty",
+        "results/half",
+    ):  # the latter lies in this run's results, and is not of it
+        with pytest.raises(UserError, match=f"{path} is no finished run"):
+            find_teacher(path, "results")
 
 
 def overlaid(teacher: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from conftest import SMALL, run_snakemake
+from small_run import copy_as_teacher
 
 AFTER_EVALUATION = {"compare": 1, "choose": 1, "report": 1, "all": 1}
 COMPARED_WITH_F16 = {"evaluate_f16": 1, "evaluate_adapter": 1, "evaluate_merged": 1, "evaluate_variant": 2}  # fmt: skip
@@ -98,6 +99,38 @@ def test_f16_file_answers_as_the_merged_model(finished_run: Path) -> None:
     assert changed > 0.001, "a quantized file that computes the same was not quantized"
 
 
+def test_trimmed_vocabulary_answers_alike(finished_run: Path, tmp_path: Path) -> None:
+    """From the finished run's merged model on, in a copy of it."""
+    folder = tmp_path / "copy"
+    shutil.copytree(finished_run, folder, ignore=shutil.ignore_patterns("downloads"))
+    edit_run("vocabulary", keep="task")(folder)
+    targets = [
+        f"results/small/{name}"
+        for name in ("metrics/trimmed.json", "metrics/merged.json", "parity.json")
+    ]
+    result = run_snakemake(folder, *SMALL, "--", *targets)
+    assert result.returncode == 0, result.stdout[-3000:]
+    results = folder / "results/small"
+    told = json.loads((results / "vocabulary.json").read_text())
+    assert len(told["kept"]) == 512 and told["of"] == 640
+    assert told["tokens_a_text"]["test"]["before"] == told["tokens_a_text"]["test"]["after"]
+    merged, trimmed = (
+        pd.read_parquet(results / f"predictions/{s}.parquet") for s in ("merged", "trimmed")
+    )
+    assert (merged["prediction"] == trimmed["prediction"]).all()
+    ours, theirs = (t.filter(like="log_probability_").to_numpy() for t in (merged, trimmed))
+    # A softmax over fewer words adds the same to each label's log probability.
+    assert np.abs((ours - theirs) - (ours - theirs)[:, :1]).max() < 1e-4
+    metrics = {
+        s: json.loads((results / f"metrics/{s}.json").read_text()) for s in ("merged", "trimmed")
+    }
+    assert max(entry["kl_vocabulary"]["mean"] for entry in metrics.values()) < 1e-4
+    before = finished_run / "results/small/f16.gguf"
+    assert before.stat().st_size - (results / "f16.gguf").stat().st_size > 128 * 256 * 2
+    checks = json.loads((results / "parity.json").read_text())["checks"]
+    assert "the base's 640" in next(c["detail"] for c in checks if c["name"] == "vocabulary")
+
+
 def test_report_is_one_file_and_loads_nothing(finished_run: Path) -> None:
     page = (finished_run / "results/small/report.html").read_text(encoding="utf-8")
     assert "Small run" in re.search(r"<h1>(.*?)</h1>", page)[1]  # type: ignore[index]
@@ -158,6 +191,7 @@ def gather_report(finished_run: Path, flips: Path, **sections: Any) -> dict[str,
             audit=results / "dataset/audit.json",
             tokens=results / "tokens",
             adapter=results / "adapter",
+            vocabulary=None,
             base=next((finished_run / "resources/models").glob("base@*/")),
             benchmarks=sorted((results / "benchmarks").glob("*.tsv")),
         )
@@ -219,6 +253,45 @@ def test_report_and_card_tell_what_was_left_out_and_seen_elsewhere(finished_run:
     assert "4 unusable rows of train were left out" in card
 
 
+def test_teacher_is_told_by_its_name_alone(finished_run: Path) -> None:
+    from write_report import render
+
+    folder = finished_run / "results/small"
+    content = gather_report(finished_run, folder / "flips.json")
+    templates = [finished_run / f"report/{name}.j2" for name in ("report.html", "card.md")]
+    assert not any("its teacher" in render(template, content) for template in templates)
+    told = {"path": "/home/li/runs/large", "weight": 0.7, "temperature": 2.0, "unlabelled_texts": "/data/t.txt"}  # fmt: skip
+    train = {**content["config"]["train"], "teacher": told}
+    content = gather_report(finished_run, folder / "flips.json", train=train)
+    assert content["config"]["train"]["teacher"]["path"] == "large"
+    content["training"] |= {
+        "teacher": content["config"]["train"]["teacher"],
+        "unlabelled_examples": 12,
+    }
+    for template in templates:
+        page = render(template, content)
+        assert "/home/li" not in page and "its teacher, large, finds" in page.replace("\n", " "), (
+            template
+        )
+        assert "of 12 texts without a label too" in page
+
+
+def test_report_and_card_tell_how_layers_were_chosen(finished_run: Path) -> None:
+    from write_report import render
+
+    content = gather_report(finished_run, finished_run / "results/small/flips.json")
+    content["source"] |= {"layers": 4, "kept_layers": [0, 2, 3]}
+    templates = [finished_run / f"report/{name}.j2" for name in ("report.html", "card.md")]
+    for template in templates:
+        assert "chosen on" not in render(template, content)
+    label_kl = {"tail": 0.25, "greedy": 0.0625}
+    content["source"]["layers_choice"] = {"chosen": "greedy", "rows": 64, "label_kl": label_kl}
+    told = "; greedy chosen on 64 rows of validation by label KL against the whole base: tail 0.2500, greedy 0.0625"
+    page, card = (render(template, content) for template in templates)
+    assert f"cut before the training: 0, 2, 3{told}</td>" in page
+    assert f"(0, 2, 3), cut before the training{told}\n- Adapter: " in card
+
+
 def test_model_card_names_licence_language_and_numbers(finished_run: Path) -> None:
     card = (finished_run / "results/small/card.md").read_text(encoding="utf-8")
     header = yaml.safe_load(card.split("---")[1])
@@ -229,7 +302,21 @@ def test_model_card_names_licence_language_and_numbers(finished_run: Path) -> No
     assert "{text}" in card and "<|im_start|>assistant\\n" in card, (
         "the prompt as the model sees it"
     )
-    assert "llama-server" not in card and "the day" not in card
+    assert "llama-server --" not in card and "the day" not in card
+    assert "Send the text as the user's message and nothing else" in card
+
+
+def test_report_and_card_of_an_adapter_trained_elsewhere(finished_run: Path) -> None:
+    from write_report import render
+
+    content = gather_report(finished_run, finished_run / "results/small/flips.json")
+    # As import_adapter writes it, which knows nothing of the training.
+    content["training"] = {"imported_from": "theirs", "base": None, "trainable_parameters": 12_345}
+    page, card = (
+        render(finished_run / f"report/{name}.j2", content) for name in ("report.html", "card.md")
+    )
+    assert "it comes from theirs" in page
+    assert "trained elsewhere, 12,345 parameters" in card and "Teacher" not in card
 
 
 def test_model_card_says_how_a_runtime_asks_alike(finished_run: Path) -> None:
@@ -238,6 +325,10 @@ def test_model_card_says_how_a_runtime_asks_alike(finished_run: Path) -> None:
     content = gather_report(finished_run, finished_run / "results/small/flips.json")
     options = {"enable_thinking": False, "date_string": "it's 26 Jul 2024"}
     content["chat"] |= {"options": options, "reads_clock": True}
+    assert "llama-server --" not in render(finished_run / "report/card.md.j2", content), (
+        "the task's template has them written in"
+    )
+    content["config"]["card"]["template"] = "base"
     card = render(finished_run / "report/card.md.j2", content)
     command = next(line for line in card.splitlines() if line.startswith("llama-server"))
     assert json.loads(shlex.split(command)[2]) == options
@@ -300,10 +391,7 @@ def bring_adapter(folder: Path) -> None:
 
 def bring_teacher(folder: Path) -> None:
     """Learn from a copy of the run's own model as if another run had made it."""
-    for name in ("merged", "tokens"):
-        shutil.copytree(folder / "results/small" / name, folder / "results/large" / name, dirs_exist_ok=True)  # fmt: skip
-    shutil.copyfile(folder / "results/small/merged.sha256", folder / "results/large/merged.sha256")
-    edit_run("train", teacher={"path": "results/large"})(folder)
+    edit_run("train", teacher={"path": copy_as_teacher(folder)})(folder)
 
 
 REBUILDS: dict[str, tuple[Callable[[Path], object], dict[str, int]]] = {
@@ -317,6 +405,18 @@ REBUILDS: dict[str, tuple[Callable[[Path], object], dict[str, int]]] = {
         edit_run("model", keep_layers=1),
         {"shrink_model": 1, "check_base": 1, "evaluate_base": 1, **FROM_TRAIN},
     ),
+    "model.keep_layers, chosen": (
+        edit_run("model", keep_layers={"count": 1, "choose": "auto"}),
+        {"measure_layers": 1, "shrink_model": 1, "check_base": 1, "evaluate_base": 1, **FROM_TRAIN},
+    ),
+    "model.keep_layers, a list": (edit_run("model", keep_layers=[1]),
+                                  {"shrink_model": 1, "check_base": 1, "evaluate_base": 1, **FROM_TRAIN}),
+    "choose.memory_mb": (edit_run("choose", memory_mb=4000), {"choose": 1, "report": 1, "all": 1}),
+    "vocabulary.keep": (
+        edit_run("vocabulary", keep="task"),
+        {"check_vocabulary": 1, "trim_vocabulary": 1, "tokenize_trimmed": 1, "evaluate_trimmed": 1, **FROM_CONVERT},
+    ),
+    "vocabulary.scripts, idle beside full": (edit_run("vocabulary", scripts=["han"]), {}),
     "model.name, idle beside a path": (edit_run("model", name="a/b"), {}),
     "numbers spelled another way": (edit_run("train", alpha=16.0, batch_size=32.0, epochs=2.0), {}),
     "a default spelled out": (edit_run("quantize", q8_0={"type": "Q8_0", "pure": False, "importance": False, "tensors": {}}), {}),
@@ -336,7 +436,10 @@ REBUILDS: dict[str, tuple[Callable[[Path], object], dict[str, int]]] = {
                                   {"measure_importance": 1, **ONE_VARIANT}),
     "a type by pattern": (edit_run("quantize", q8_0={"type": "Q8_0", "tensors": {"ffn_up": "Q6_K"}}), ONE_VARIANT),
     "one variant's recipe": (edit_run("quantize", q8_0={"type": "Q6_K"}), ONE_VARIANT),
+    "pure of one variant": (edit_run("quantize", q4_k_m={"type": "Q4_K_M", "pure": True}), ONE_VARIANT),
     "card.license": (edit_run("card", license="cc-by-4.0"), FROM_CONVERT),
+    "card.template": (edit_run("card", template="base"), FROM_CONVERT),
+    "bundle.file": (edit_run("bundle", file="q8_0"), {}),
     "train.learning_rate": (edit_run("train", learning_rate=1e-3), FROM_TRAIN),
     "train.adapter": (bring_adapter, {"check_base": 1, "import_adapter": 1, **FROM_MERGE}),
     "train.teacher": (bring_teacher, {"score_teacher": 1, **FROM_TRAIN}),
@@ -382,11 +485,24 @@ def test_teacher_is_asked_once(checkout: Path) -> None:
     assert planned(checkout, *target) == {}
     touch_everything(checkout)
     assert planned(checkout, *target) == {}
+    changed: dict[str, Any]
     for changed in ({"temperature": 3.0}, {"weight": 0.5}):
         edit_run("train", teacher=teacher | changed)(checkout)
         assert planned(checkout, *target) == {"train": 1, "merge": 1}
     edit_run("train", teacher=teacher)(checkout)
+    edit_run("model", keep_layers=1)(checkout)
+    assert planned(checkout, *target) == {
+        "shrink_model": 1,
+        "check_base": 1,
+        "train": 1,
+        "merge": 1,
+    }
+    edit_run("model", keep_layers=None)(checkout)
     asked_anew = {"score_teacher": 1, "train": 1, "merge": 1}
+    for changed in ({"path": "data/base"}, {"unlabelled_texts": None}):
+        edit_run("train", teacher=teacher | changed)(checkout)
+        assert planned(checkout, *target) == asked_anew, changed
+    edit_run("train", teacher=teacher)(checkout)
     for file in ("data/more.txt", "results/large/merged.sha256"):
         before = (checkout / file).read_bytes()
         append(file, "x\n")(checkout)
@@ -395,11 +511,44 @@ def test_teacher_is_asked_once(checkout: Path) -> None:
     assert planned(checkout, *target) == {}
 
 
-def test_teacher_that_is_this_run_is_refused(checkout: Path) -> None:
-    edit_run("train", teacher={"path": "results/small"})(checkout)
+def test_layers_are_chosen_anew_for_another_count(checkout: Path) -> None:
+    edit_config(lambda c: c.update(pathvars={"results": "results/cut"}), "runs/small.yaml")(
+        checkout
+    )
+    edit_run("model", keep_layers={"count": 1, "choose": "auto"})(checkout)
+    target = (*SMALL, "--", "results/cut/base")
+    result = run_snakemake(checkout, *target)
+    assert result.returncode == 0, result.stdout[-3000:]
+    choice = json.loads((checkout / "results/cut/layers.json").read_text())
+    source = json.loads((checkout / "results/cut/base/source.json").read_text())
+    assert source["kept_layers"] == choice[choice["chosen"]]["kept"]
+    assert planned(checkout, *target) == {}
+    touch_everything(checkout)
+    assert planned(checkout, *target) == {}
+    edit_run("train", rank=4)(checkout)
+    assert planned(checkout, *target) == {}
+    edit_run("model", keep_layers={"count": 2, "choose": "auto"})(checkout)
+    assert planned(checkout, *target) == {"measure_layers": 1, "shrink_model": 1}
+    edit_run("model", keep_layers=1)(checkout)
+    assert planned(checkout, *target) == {"shrink_model": 1}
+    edit_run("model", keep_layers={"count": 99, "choose": "auto"})(checkout)
+    result = run_snakemake(checkout, *target)
+    lines = {line for line in result.stdout.splitlines() if line.startswith("error: ")}
+    assert len(lines) == 1 and "model.keep_layers 99: the model has " in lines.pop()
+    assert not list((checkout / "results/cut").rglob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [("results/small", "is of this run itself"), ("results/half", "is no finished run (merged or f16.gguf in it)")],
+)  # fmt: skip
+def test_teacher_that_cannot_be_is_refused(path: str, told: str, checkout: Path) -> None:
+    (checkout / "results/half/tokens").mkdir(parents=True, exist_ok=True)
+    edit_run("train", teacher={"path": path})(checkout)
     result = run_snakemake(checkout, "--dry-run", *SMALL)
     assert result.returncode == 2 and "Traceback" not in result.stdout
-    assert "train.teacher.path results/small is of this run itself" in result.stdout
+    assert result.stdout.startswith(f"error: config: train.teacher.path {path} {told}")
+    assert result.stdout.count("\n") == 1
 
 
 def test_checksum_of_a_model_is_no_reason_to_rerun(checkout: Path, tmp_path: Path) -> None:
@@ -409,6 +558,25 @@ def test_checksum_of_a_model_is_no_reason_to_rerun(checkout: Path, tmp_path: Pat
     assert result.returncode == 0, result.stdout[-2000:]
     assert "fetch_model.py --settings" in result.stdout and pin not in result.stdout
     assert result.stdout.count("warning: not pinned: model.revision; ") == 1
+
+
+BUNDLES: dict[str, tuple[Callable[[Path], object], dict[str, int]]] = {
+    "nothing": (lambda folder: None, {}),
+    "a default spelled out": (edit_run("bundle", file="best"), {}),
+    "bundle.file": (edit_run("bundle", file="q8_0"), {"bundle": 1}),
+    "report.title, which stands in the card": (edit_run("report", title="x"), {"report": 1, "bundle": 1}),
+    "choose.size_mb": (edit_run("choose", size_mb=200), {"choose": 1, "report": 1, "bundle": 1}),
+    "a line of make_bundle.py": (append("scripts/make_bundle.py", "# x\n"), {"bundle": 1}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", BUNDLES)
+def test_bundle_is_made_anew_where_what_is_in_it_changed(
+    change: str, bundle: Path, checkout: Path
+) -> None:
+    edit, expected = BUNDLES[change]
+    edit(checkout)
+    assert planned(checkout, *SMALL, "--", "results/small/bundle") == expected
 
 
 def test_readme_states_the_same_table() -> None:

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from comparison import differing_files
 from conftest import ROOT, SMALL, copy_checkout, run_snakemake
 from pockettune.machine import run as machine_run
 from pockettune.machine.slurm import check_slurm
+from test_sweep import run_sweep, write_sweep
 
 LOCAL = {"fetch_model", "fetch_dataset", "fetch_converter", "compare", "choose", "report", "all"}
 ADAPTER = "results/small/adapter"
@@ -143,6 +145,30 @@ def test_training_finds_a_gpu_and_stays_off_the_network(
     assert environment["CUDA_VISIBLE_DEVICES"] == "0"
     assert environment["HF_HUB_OFFLINE"] == "1"
     assert run.finish() == 0
+
+
+def test_sweep_shares_its_steps_here_too(
+    cluster: Cluster, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Two recipes by two seeds, through the daemons: two trainings, on the partition with the GPU."""
+    folder = copy_checkout(tmp_path_factory.mktemp("sweep") / "pocket tune")
+    write_profile(folder)
+    write_sweep(folder, {"quantize.q4_k_m.type": ["Q4_K_M", "Q4_0"], "train.seed": [13, 14]})
+    earlier = {number for number, _, _ in cluster.jobs()}
+    result = run_sweep(folder, "--profile", "profiles/test")
+    assert result.returncode == 0, result.stdout[-5000:]
+    jobs = {number: rule.rpartition("__")[2] for number, rule, _ in cluster.jobs() if number not in earlier}  # fmt: skip
+    counts = Counter(jobs.values())
+    once = ("tokenize", "check_base", "evaluate_base", "evaluate_tfidf")
+    assert [counts[rule] for rule in once] == [1] * len(once)
+    assert (counts["train"], counts["merge"], counts["quantize"]) == (2, 2, 4)
+    assert not (LOCAL | {"leaderboard"}) & counts.keys()
+    places = {(jobs[job["JobId"]], job["Partition"]) for job in cluster.finished() if job["JobId"] in jobs}  # fmt: skip
+    assert {rule for rule, partition in places if partition == "gpu"} == {"train"}
+    assert len(list((folder / "results/x").glob("*/best.gguf"))) == 4
+    assert "type-Q4_0_seed-14" in (folder / "results/x/leaderboard.html").read_text()
+    again = run_sweep(folder, "--profile", "profiles/test", "--dry-run")
+    assert "Nothing to be done" in again.stdout, again.stdout[-3000:]
 
 
 # --- trouble ---

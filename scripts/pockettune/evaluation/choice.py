@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pockettune.common.words import Words, english
 from pockettune.evaluation.intervals import ONE_SIDED, paired_interval
 from pockettune.evaluation.verdict import judge, say
 
@@ -27,16 +28,19 @@ def read_limits(settings: Mapping[str, Any]) -> Limits:
     return Limits(given.get("size_mb"), given.get("memory_mb"), margin)
 
 
-def choose(stages: Mapping[str, Any], speed: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
+def choose(
+    stages: Mapping[str, Any], speed: Mapping[str, Any], limits: Limits, words: Words = english
+) -> dict[str, Any]:
     """Return {"chosen", "proved", "why", "limits", "files": {name: …}}, the smallest file first.
 
     `stages` are those of metrics.json, `speed` what measure_speed.py wrote of each file, by name. Of
     the files proved as good the smallest is chosen, of equal size that with the higher bound; where
     none is proved, the file with the highest bound; None where none is within budget. F16 stands
-    among the files and is not chosen: the others are compared with it.
+    among the files and is not chosen: the others are compared with it. "why" and each file's "over" are
+    sentences, in the language of `words`.
     """
     files = {
-        name: describe_file(entry, speed[name], limits)
+        name: describe_file(entry, speed[name], limits, words)
         for name, entry in sorted(stages.items(), key=lambda item: item[1].get("size_bytes") or 0)
         if "stored" in entry
     }
@@ -47,24 +51,27 @@ def choose(stages: Mapping[str, Any], speed: Mapping[str, Any], limits: Limits) 
     proved = {name: e for name, e in within.items() if e["verdict"]["claim"] == "as good"}
     if proved:
         chosen = min(proved, key=lambda n: (proved[n]["size_bytes"], -proved[n]["bound"], n))
-        why = f"the smallest within the budget that is {say(proved[chosen]['verdict'])}"
+        claim = say(proved[chosen]["verdict"], words)
+        why = words("the smallest within the budget that is {claim}", claim=claim)
     elif within:
         chosen = min(within, key=lambda n: (-within[n]["bound"], within[n]["size_bytes"], n))
-        bound, margin = 100 * within[chosen]["bound"], 100 * limits.margin
-        why = (
+        why = words(
             "no file within the budget is proved as good as F16; this one has the closest bound"
-            f" (difference at least {bound:+.2f} points, margin {margin:.4g}): {list_why(candidates)}"
+            " (difference at least {bound} points, margin {margin}): {files}",
+            bound=f"{100 * within[chosen]['bound']:+.2f}",
+            margin=f"{100 * limits.margin:.4g}",
+            files=list_why(candidates, words),
         )
     else:
         chosen = None
-        why = f"no file is within the budget: {list_why(candidates)}"
+        why = words("no file is within the budget: {files}", files=list_why(candidates, words))
     return {
         "chosen": chosen, "proved": bool(proved), "why": why, "limits": asdict(limits), "files": files,
     }  # fmt: skip
 
 
 def describe_file(
-    entry: Mapping[str, Any], speed: Mapping[str, Any], limits: Limits
+    entry: Mapping[str, Any], speed: Mapping[str, Any], limits: Limits, words: Words
 ) -> dict[str, Any]:
     """Return what a file costs and is worth; "over" says which limits it breaks.
 
@@ -74,11 +81,26 @@ def describe_file(
     size, memory = entry["size_bytes"], speed["resident_bytes"]
     over = []
     if limits.size_mb is not None and size > limits.size_mb * MB:
-        over.append(f"size {size / MB:,.1f} MB, choose.size_mb is {limits.size_mb:g}")
+        over.append(
+            words(
+                "size {size} MB, choose.size_mb is {limit}",
+                size=f"{size / MB:,.1f}", limit=f"{limits.size_mb:g}",
+            )
+        )  # fmt: skip
     if limits.memory_mb is not None and memory is None:
-        over.append(f"memory not measured on this system, choose.memory_mb is {limits.memory_mb:g}")
+        over.append(
+            words(
+                "memory not measured on this system, choose.memory_mb is {limit}",
+                limit=f"{limits.memory_mb:g}",
+            )
+        )
     elif limits.memory_mb is not None and memory > limits.memory_mb * MB:
-        over.append(f"memory {memory / MB:,.1f} MB, choose.memory_mb is {limits.memory_mb:g}")
+        over.append(
+            words(
+                "memory {memory} MB, choose.memory_mb is {limit}",
+                memory=f"{memory / MB:,.1f}", limit=f"{limits.memory_mb:g}",
+            )
+        )  # fmt: skip
     told = {
         "size_bytes": size, "memory_bytes": memory, "accuracy": entry["accuracy"],
         "prompt_rate": speed["prompt"]["mean"], "over": over,
@@ -96,12 +118,19 @@ def is_better(other: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
     return a != b and all(x >= y for x, y in zip(a, b, strict=True))
 
 
-def list_why(files: Mapping[str, Any]) -> str:
+def list_why(files: Mapping[str, Any], words: Words = english) -> str:
     """Return what keeps each file from being chosen."""
-    return "; ".join(f"{name}: {say_why(entry)}" for name, entry in files.items())
+    return words("; ").join(
+        words("{name}: {why}", name=name, why=say_why(entry, words))
+        for name, entry in files.items()
+    )
 
 
-def say_why(entry: Mapping[str, Any]) -> str:
+def say_why(entry: Mapping[str, Any], words: Words = english) -> str:
     """Return a file's verdict, behind the limits that it breaks, if any."""
-    over = f"over budget ({', '.join(entry['over'])}), " if entry["over"] else ""
-    return over + say(entry["verdict"])
+    claim = say(entry["verdict"], words)
+    if not entry["over"]:
+        return claim
+    return words(
+        "over budget ({limits}), {claim}", limits=words(", ").join(entry["over"]), claim=claim
+    )

@@ -71,17 +71,21 @@ class Recorder(Observer):
 class Divergence(Observer):
     """Compares with what F16 answered: KL(F16 || this stage) over the whole vocabulary, in nats.
 
-    `places` are those of the scored rows among F16's.
+    `places` are those of the scored rows among F16's. Where F16's vocabulary was trimmed, `kept` are its
+    tokens' ids here, and the others are left out: what both can say is compared.
     """
 
-    def __init__(self, reference: np.ndarray, places: Sequence[int]) -> None:
+    def __init__(
+        self, reference: np.ndarray, places: Sequence[int], kept: Sequence[int] | None = None
+    ) -> None:
         self.reference, self.places = reference, places
+        self.shown = slice(None) if kept is None else list(kept)
         self.values = np.zeros(len(places))
 
     def see(self, row: int, logits: np.ndarray) -> None:
         # Renormalised: the reference was rounded to 16 bits when it was kept.
         expected = normalise(self.reference[self.places[row]])
-        self.values[row] = kl_divergence(expected, normalise(logits))
+        self.values[row] = kl_divergence(expected, normalise(logits[self.shown]))
 
     def describe(self) -> dict[str, Any]:
         return {"kl_vocabulary": describe_divergence(self.values)}
@@ -93,13 +97,17 @@ def describe_divergence(values: np.ndarray) -> dict[str, float]:
 
 
 def observe_vocabulary(
-    reference: Path | None, target: Path | None, places: Sequence[int], vocabulary: int
+    reference: Path | None,
+    target: Path | None,
+    places: Sequence[int],
+    vocabulary: int,
+    kept: Sequence[int] | None = None,
 ) -> AbstractContextManager[Observer]:
     """Return what writes F16's answers over the whole vocabulary, or compares with them, or neither."""
     if target:
         return record(target, (len(places), vocabulary))
     if reference:
-        return nullcontext(Divergence(np.load(reference, mmap_mode="r"), places))
+        return nullcontext(Divergence(np.load(reference, mmap_mode="r"), places, kept))
     return nullcontext(Observer())
 
 

@@ -1,6 +1,7 @@
 """The report's plots, as <svg> elements whose text stays text."""
 
 import io
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,6 +9,9 @@ import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 
+from pockettune.common.words import Words, english
+
+WIDTH = 4.2  # inches, 403 px: at a phone's 350 px the text is still of 11 px
 INK = "#7a7a7a"  # readable on a light page and on a dark one
 COLORS = ("#3b82c4", "#e08a3c")
 STYLE: Any = {
@@ -24,9 +28,9 @@ def use_style() -> None:
     matplotlib.rcParams |= STYLE
 
 
-def plot_ladder(stages: Mapping[str, Any]) -> str:
+def plot_ladder(stages: Mapping[str, Any], words: Words = english) -> str:
     """Return accuracy by stage with 95 % intervals, and that on rows not in train."""
-    figure = Figure(figsize=(7, 0.42 * len(stages) + 1.1), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.34 * len(stages) + 1.2), layout="constrained")
     axes = figure.subplots()
     names = list(stages)[::-1]
     for place, name in enumerate(names):
@@ -38,22 +42,24 @@ def plot_ladder(stages: Mapping[str, Any]) -> str:
             axes.plot(100 * entry["unseen"]["accuracy"], place, "D", color=COLORS[1], markersize=5)
         axes.annotate(f"{100 * entry['accuracy']:.1f}", (high, place), xytext=(6, 0),
                       textcoords="offset points", va="center", fontsize=9)  # fmt: skip
-    axes.plot([], [], "o-", color=COLORS[0], label="all rows, 95 % interval")
-    axes.plot([], [], "D", color=COLORS[1], markersize=5, label="not in train")
-    axes.set(xlabel="accuracy, %", yticks=range(len(names)), yticklabels=names)
+    axes.plot([], [], "o-", color=COLORS[0], label=words("all rows, 95 % interval"))
+    axes.plot([], [], "D", color=COLORS[1], markersize=5, label=words("not in train"))
+    axes.set(xlabel=words("accuracy, %"), yticks=range(len(names)), yticklabels=names)
     axes.margins(x=0.08)
     axes.grid(axis="x", color=INK, alpha=0.2)
-    axes.legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
     return as_svg(figure)
 
 
-def plot_front(choice: Mapping[str, Any], intervals: Mapping[str, Any]) -> str:
+def plot_front(
+    choice: Mapping[str, Any], intervals: Mapping[str, Any], words: Words = english
+) -> str:
     """Return accuracy over size of the files of choose(), with the 95 % intervals of that name.
 
     A point's area is its prompt rate; filled are those that no other file beats. The chosen one has
     another colour; a line stands at the largest size allowed.
     """
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
     axes = figure.subplots()
     files, size_mb = choice["files"], choice["limits"]["size_mb"]
     fastest = max(entry["prompt_rate"] for entry in files.values())
@@ -69,43 +75,47 @@ def plot_front(choice: Mapping[str, Any], intervals: Mapping[str, Any]) -> str:
         axes.annotate(name, (x, y), xytext=(8, above), textcoords="offset points")
     if size_mb is not None:
         axes.axvline(size_mb, color=INK, linewidth=0.8, linestyle=":")
-    axes.set(xlabel="file size, MB", ylabel="accuracy, %")
+    axes.set(xlabel=words("file size, MB"), ylabel=words("accuracy, %"))
     axes.set_xlim(left=0)
     axes.margins(x=0.15, y=0.15)
     axes.ticklabel_format(useOffset=False)
     return as_svg(figure)
 
 
-def plot_training(training: Mapping[str, Any]) -> str:
+def plot_training(training: Mapping[str, Any], words: Words = english) -> str:
     """Return the training loss and the validations; "" for an imported adapter."""
     if "updates" not in training:
         return ""
     losses = pd.Series([update["loss"] for update in training["updates"]])
-    figure = Figure(figsize=(7, 2.8), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
     axes = figure.subplots()
     numbers, window = losses.index + 1, max(len(losses) // 20, 1)
     axes.plot(numbers, losses, color=COLORS[0], alpha=0.3, linewidth=0.8)
     mean = losses.rolling(window, 1).mean()
-    lines = axes.plot(numbers, mean, color=COLORS[0], label=f"loss, mean of {window} updates")
+    label = words("loss, mean of {n} updates", n=window)
+    lines = axes.plot(numbers, mean, color=COLORS[0], label=label)
     # The first updates, which learn what an answer is, would flatten all that follows.
-    axes.set(xlabel="update", ylabel="loss", ylim=(0, 1.5 * losses.quantile(0.95)))
+    axes.set(xlabel=words("update"), ylabel=words("loss"), ylim=(0, 1.5 * losses.quantile(0.95)))
     if training["validations"]:
         metric, right = training["metric"], axes.twinx()
         updates = [entry["update"] for entry in training["validations"]]
         values = [100 * entry[metric] for entry in training["validations"]]
-        label = f"{metric} on validation, %"
+        label = words("{metric} on validation, %", metric=metric)
         lines += right.plot(updates, values, "o-", color=COLORS[1], label=label)
         right.axvline(training["exported_update"], color=INK, linewidth=0.8, linestyle=":")
         right.set(ylabel=f"{metric}, %")
         right.spines["right"].set_visible(True)
         right.ticklabel_format(useOffset=False)
-    axes.legend(handles=lines, frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
+    axes.legend(handles=lines, frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
     return as_svg(figure)
 
 
 def as_svg(figure: Figure) -> str:
     """Return a figure as an <svg> element."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    with warnings.catch_warnings():
+        # The font that matplotlib measures by need not have the letters: the browser's has.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]

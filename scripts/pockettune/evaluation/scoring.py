@@ -1,6 +1,6 @@
 """Scores the allowed answers of a prompt by their probability, whatever runtime computes it."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -28,6 +28,20 @@ def decisive_prefixes(answers: Sequence[Tokens]) -> list[tuple[int, ...]]:
     return prefixes
 
 
+def next_tokens(answers: Sequence[Tokens]) -> dict[tuple[int, ...], dict[int, int]]:
+    """Return by each start of answers behind which they part: the token that follows, by answer."""
+    decisive = decisive_prefixes(answers)
+    shared = sorted({prefix[:i] for prefix in decisive for i in range(len(prefix))})
+    return {
+        start: {
+            column: prefix[len(start)]
+            for column, prefix in enumerate(decisive)
+            if prefix[: len(start)] == start and len(prefix) > len(start)
+        }
+        for start in shared
+    }
+
+
 def score_answers(
     next_token_logits: NextTokenLogits,
     prompts: Sequence[Tokens],
@@ -39,15 +53,8 @@ def score_answers(
     One forward pass a prompt where the answers differ in their first token; one more for every
     start that several answers share.
     """
-    decisive = decisive_prefixes(answers)
     scores = np.zeros((len(prompts), len(answers)))
-    shared = sorted({prefix[:i] for prefix in decisive for i in range(len(prefix))})
-    for start in shared:
-        nexts = {
-            column: prefix[len(start)]
-            for column, prefix in enumerate(decisive)
-            if prefix[: len(start)] == start and len(prefix) > len(start)
-        }
+    for start, nexts in next_tokens(answers).items():
         extended = [[*prompt, *start] for prompt in prompts]
         computed = progress(
             next_token_logits(extended),
@@ -56,10 +63,15 @@ def score_answers(
             total=len(prompts),
         )
         for row, logits in enumerate(computed):
-            normaliser = log_sum_exp(logits)
-            for column, token in nexts.items():
-                scores[row, column] += float(logits[token]) - normaliser
+            add_log_probabilities(scores[row], logits, nexts)
     return scores
+
+
+def add_log_probabilities(row: np.ndarray, logits: np.ndarray, nexts: Mapping[int, int]) -> None:
+    """Add to a prompt's scores (answers,) what the logits of one position give each answer's token."""
+    normaliser = log_sum_exp(logits)
+    for column, token in nexts.items():
+        row[column] += float(logits[token]) - normaliser
 
 
 def log_sum_exp(logits: np.ndarray) -> float:

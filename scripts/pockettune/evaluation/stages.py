@@ -16,6 +16,7 @@ from pockettune.data.prompts import Example, Examples, take_evenly
 from pockettune.evaluation import metrics
 from pockettune.evaluation.observers import OffLabels, observe_vocabulary
 from pockettune.evaluation.scoring import NextTokenLogits, Tokens, score_answers
+from pockettune.models.folder import read_kept
 from pockettune.tasks import load_task
 
 NOISE_ROWS = 16
@@ -71,10 +72,12 @@ def evaluate(arguments: argparse.Namespace, open_runtime: OpenRuntime) -> None:
     places = take_evenly(range(len(rows)), arguments.settings["evaluate"].get("pytorch_limit"))
     examples = [rows[place] for place in places]
     off_labels = OffLabels(answers["ids"])
-    vocabulary = (arguments.reference, arguments.write_reference)
+    kept = read_kept(getattr(arguments, "vocabulary", None))
     started = time.perf_counter()
     with open_runtime(arguments, examples) as runtime:
-        with observe_vocabulary(*vocabulary, places, runtime.vocabulary_size) as observer:
+        with observe_vocabulary(
+            arguments.reference, arguments.write_reference, places, runtime.vocabulary_size, kept
+        ) as observer:
             scores = score_answers(
                 observer.watch(off_labels.watch(runtime.next_token_logits)),
                 runtime.prompts,

@@ -6,6 +6,7 @@ A paired test of non-inferiority at one-sided 95 %, by the intervals of interval
 from collections.abc import Mapping
 from typing import Any
 
+from pockettune.common.words import Words, english
 from pockettune.evaluation.intervals import ONE_SIDED, detectable_difference, paired_interval
 
 
@@ -27,20 +28,24 @@ def judge(lost: int, gained: int, n: int, margin: float) -> dict[str, Any]:
     }
 
 
-def say(verdict: Mapping[str, Any]) -> str:
+def say(verdict: Mapping[str, Any], words: Words = english) -> str:
     """Return the claim in the words of report, card and log."""
     bound = f"{100 * verdict['bound']:+.2f}"
     margin = f"{100 * verdict['margin']:.4g}"
-    return {
-        "as good": f"proved as good (difference at least {bound} points, margin {margin})",
-        "worse": f"proved worse (difference at most {bound} points)",
-        "undecided": not_decided(verdict["detectable"]),
-    }[verdict["claim"]]
+    if verdict["claim"] == "as good":
+        return words(
+            "proved as good (difference at least {bound} points, margin {margin})",
+            bound=bound,
+            margin=margin,
+        )
+    if verdict["claim"] == "worse":
+        return words("proved worse (difference at most {bound} points)", bound=bound)
+    return not_decided(verdict["detectable"], words)
 
 
-def not_decided(detectable: float) -> str:
+def not_decided(detectable: float, words: Words = english) -> str:
     """Return what is said where the rows prove neither."""
-    return (
-        "not decided by these rows, which could have shown a difference of"
-        f" {100 * detectable:.2f} points"
+    return words(
+        "not decided by these rows, which could have shown a difference of {points} points",
+        points=f"{100 * detectable:.2f}",
     )

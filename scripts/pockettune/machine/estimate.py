@@ -63,12 +63,15 @@ def disk_items(run: Run, shape: Shape | None, rows: Rows | None) -> dict[str, It
         "adapter": run.results / "adapter",
         "checkpoint": run.results / "scratch",
         "merged": run.results / "merged",
+        "trimmed": run.results / "trimmed",
         "f16.gguf": run.results / "f16.gguf",
         "logits": run.results / "logits/f16.npy",
         "logs and report": run.results / "report.html",
         **{f"{variant}.gguf": run.results / f"{variant}.gguf" for variant in settings["quantize"]},
     }  # fmt: skip
     items = {name: Item(path, sizes.get(name), path.exists()) for name, path in places.items()}
+    if settings["vocabulary"]["keep"] == "full":
+        del items["trimmed"]
     if items["adapter"].there or settings["train"]["adapter"]:
         del items["checkpoint"]
     if items["llama.cpp's converter"].there:
@@ -100,6 +103,8 @@ def _disk_sizes(settings: Any, shape: Shape | None, rows: Rows | None) -> Iterat
     # Weights, two moments and the best weights so far; the old one stays until the new is written.
     yield "checkpoint", 2 * 16 * trainable(settings["train"], shape)
     yield "merged", weights + extra
+    # At most, and so the files: which tokens stay, train's texts will tell.
+    yield "trimmed", weights + extra
     vocabulary = VOCABULARY * shape.vocabulary
     yield "f16.gguf", tensor_bytes(shape, None) + vocabulary
     if rows:

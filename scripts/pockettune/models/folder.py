@@ -95,6 +95,20 @@ def embedding_shape(shapes: Mapping[str, list[int]]) -> list[int] | None:
     return shapes[min(names, key=len)] if names else None
 
 
+def embedding_rows(folder: Path) -> int:
+    """Return the rows of a model's embedding, which fetch_model.py saw that it has."""
+    shape = embedding_shape(tensor_shapes(folder))
+    assert shape is not None
+    return shape[0]
+
+
+def read_kept(vocabulary: Path | None) -> list[int] | None:
+    """Return the ids that trim_vocabulary.py kept, in the order of their new ones; None without its file."""
+    if vocabulary is None:
+        return None
+    return list(json.loads(vocabulary.read_text(encoding="utf-8"))["kept"])
+
+
 def _missing_files(folder: Path) -> list[str]:
     missing = [
         f"{name} is missing"

@@ -2,11 +2,59 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pockettune.common import program
+from pockettune.common.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.nn import Module
 
 DEPTHS = ("num_hidden_layers", "n_layer", "num_layers")
 # A tensor's layer in its name: Llama and most, GPT-2, MPT.
 NUMBER = re.compile(r"(?P<before>(?:^|\.)(?:layers|h|blocks)\.)(?P<number>\d+)(?=\.)")
+
+
+def read_configs(base: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the configuration as transformers completes it, and as the base tells it: with an entry
+    for each layer also where the base leaves to a rule which layer is of which kind."""
+    from transformers import AutoConfig
+
+    whole = AutoConfig.from_pretrained(base, trust_remote_code=False).to_dict()
+    return whole, of_layers(whole, depth(whole)) | program.read_json(base / "config.json")
+
+
+def choose_layers(keep: int | Sequence[int], layers: int) -> list[int]:
+    """Return the layers to keep, ascending; UserError where there are no such layers."""
+    kept = list(range(keep)) if isinstance(keep, int) else list(keep)
+    if not layers:
+        raise UserError(
+            "model.keep_layers: the model's config.json does not say how many layers it has"
+        )
+    if kept[-1] >= layers or kept != sorted(set(kept)):
+        raise UserError(
+            f"model.keep_layers {keep}: the model has {layers} layers; give a number up to {layers}, or a"
+            f" list of layers from 0 to {layers - 1}, each once, ascending"
+        )
+    return kept
+
+
+def find_layers(model: "Module") -> list["Module"]:
+    """Return the modules that are a model's layers, first to last; UserError where none are known."""
+    lists: dict[str, list[Module]] = {}
+    for name, module in model.named_modules():
+        # A name that ends in the number is the layer itself.
+        if (found := NUMBER.search(f"{name}.")) and found.end() == len(name):
+            lists.setdefault(name[: found.start("number")], []).append(module)
+    layers = depth(model.config.to_dict())  # type: ignore[union-attr, operator]
+    whole = [modules for modules in lists.values() if len(modules) == layers]
+    if len(whole) != 1:
+        raise UserError(
+            f"model.keep_layers: the layers of a {model.config.model_type} model are not found"  # type: ignore[union-attr]
+            " under a known name; give a number or a list instead of choose: auto"
+        )
+    return whole[0]
 
 
 def depth(config: Mapping[str, Any]) -> int:

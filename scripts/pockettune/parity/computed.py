@@ -39,14 +39,21 @@ def logits_of_torch(model: torch.nn.Module, prompts: Sequence[Tokens]) -> np.nda
 
 
 def logits_of_adapter(
-    base: Path, adapter: Path, prompts: Sequence[Tokens]
+    base: Path, adapter: Path, prompts: Sequence[Tokens], kept: Sequence[int] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the logits of the base model, and of the base with the adapter beside it."""
+    """Return the logits of the base model, and of the base with the adapter beside it.
+
+    Of a trimmed vocabulary `kept` are the base's ids: it is asked the same tokens, and gives their logits.
+    """
     from peft import PeftModel  # here, so that what it says at import goes into the log
 
+    if kept is not None:
+        prompts = [[kept[token] for token in prompt] for prompt in prompts]
+    shown = slice(None) if kept is None else list(kept)
     model = load_exact(base)
-    plain = logits_of_torch(model, prompts)
-    return plain, logits_of_torch(PeftModel.from_pretrained(model, adapter).eval(), prompts)
+    plain = logits_of_torch(model, prompts)[:, shown]
+    adapted = PeftModel.from_pretrained(model, adapter).eval()
+    return plain, logits_of_torch(adapted, prompts)[:, shown]
 
 
 def compare_logits(

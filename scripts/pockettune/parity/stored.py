@@ -5,7 +5,7 @@ Every check returns a result: {"name", "passed", "detail", and the numbers it is
 
 import json
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +14,14 @@ from jinja2 import TemplateError
 from safetensors import safe_open
 
 from pockettune.common.errors import list_faults
-from pockettune.data.chat import render_chat
-from pockettune.data.prompts import Example, encode, take_evenly
+from pockettune.data.chat import control_tokens, render_chat
+from pockettune.data.prompts import Example, encode, render_prompt, starts_pattern, take_evenly
+from pockettune.data.task_template import with_text
+from pockettune.data.trial_texts import HARD_TEXTS
 from pockettune.gguf.files import list_tensors, read_vectors, tensor_faults
-from pockettune.models.folder import embedding_shape, read_header, tensor_shapes, weight_files
+from pockettune.models.folder import embedding_rows, read_header, tensor_shapes, weight_files
 from pockettune.runtimes.llama import LlamaModel
+from pockettune.tasks import Message, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,25 +30,6 @@ Result = dict[str, Any]
 
 POSITIONS = "position_embd.weight"  # learned (GPT-2), which the converter stores as F32
 TOKENS_OF_VOCABULARY, TOKENS_A_TEXT = 512, 16
-
-# Where tokenizers have been seen to part: what splits, what is normalized, what is special.
-HARD_TEXTS = (
-    "",
-    "这家酒店的早餐很丰富，但是房间太小了。",
-    "這家酒店的早餐很豐富，但是房間太小了。",
-    "生僻字：𠮷𡈽龘靐，魑魅魍魉",
-    "日本語のカタカナ、한국어, ไทย, العربية, עברית",
-    "😀 👍🏽 👨‍👩‍👧‍👦 🇨🇳 ❤️",
-    "两个  三个   七个       空格 ",
-    "   行首\n\n\n换行\r\n回车\t\t制表\n  ",
-    "ＡＢＣ　１２３，全角！（）：；“”‘’《》……——",
-    "价格1234567.89元，2024年12月31日，电话010-88886666，①②③ ½ ٣",
-    "e\u0301 n\u0303 q\u0303 क्षि \u1112\u1161\u11ab \uf900",  # some of it is changed by NFC
-    "I'll say it's OK, IT'S 100% PERFECT: don't-you_think? (yes/no) http://a.cn/?q=1&b=2",
-    "前台Service很差wifi连不上VIP会员no.1",
-    "\u200b零宽\u00a0不换行\ufeff",
-    "!!!???。。。~~~***===>>>#$%^&@`|\\",
-)
 
 CAUSES = {
     "token_ids": "cause: the pre-tokenizer or the vocabulary differs; remedy: tokenizer.json must be"
@@ -56,6 +40,8 @@ CAUSES = {
     " tokenizer_config.json; remedy: take the base's tokenizer files unchanged and rerun convert",
     "chat_template": "cause: the file stores another chat template than the merged folder; remedy:"
     " take the base's tokenizer files unchanged and rerun convert",
+    "task_template": "cause: the file stores another chat template than the task's, or the base's does more"
+    " to a text than the task's can; remedy: rerun convert, or set card.template: base",
     "logits": "cause: weights differ; remedy: rerun convert with the pinned converter, from the"
     " merged folder given here",
     "merge": "cause: the merged folder is not base + adapter (added twice, not at all, or another"
@@ -67,10 +53,12 @@ CAUSES = {
 }
 
 
-def make_result(name: str, faults: Sequence[str], detail: str, **numbers: Any) -> Result:
+def make_result(
+    name: str, faults: Sequence[str], detail: str, cause: str | None = None, **numbers: Any
+) -> Result:
     """Return a check's result, told by its faults with cause and remedy where there are any."""
     if faults:
-        detail = f"{list_faults(list(faults))}; {CAUSES[name]}"
+        detail = f"{list_faults(list(faults))}; {CAUSES[cause or name]}"
     return {"name": name, "passed": not faults, "detail": detail, **numbers}
 
 
@@ -177,23 +165,26 @@ def show(text: str, limit: int = 48) -> str:
     return json.dumps(shown, ensure_ascii=False).replace(" ", "␣")
 
 
-def check_vocabulary(llama: LlamaModel, base: Path, model: Path) -> Result:
-    """Compare the file's tokens with the rows of the embeddings of the merged and the base model."""
+def check_vocabulary(
+    llama: LlamaModel, base: Path, model: Path, kept: Sequence[int] | None = None
+) -> Result:
+    """Compare the file's tokens with the rows of the embeddings of the merged and the base model.
+
+    Of a trimmed vocabulary `kept` are the base's rows that were kept.
+    """
     rows = {"merged": embedding_rows(model), "base": embedding_rows(base)}
+    left_out = 0 if kept is None else rows["base"] - len(kept)
     size = llama.vocabulary_size
     faults = [
         f"the GGUF has {size} tokens, the {name} model's embedding {count} rows ({size - count:+d})"
-        for name, count in rows.items()
+        for name, count in (("merged", rows["merged"]), ("base", rows["base"] - left_out))
         if count != size
     ]
-    return make_result("vocabulary", faults, f"{size} tokens in the GGUF, merged and base model",
+    detail = f"{size} tokens in the GGUF, merged and base model"
+    if kept is not None:
+        detail = f"{size} tokens in the GGUF and the trimmed model, of the base's {rows['base']}"
+    return make_result("vocabulary", faults, detail,
                        tokens=size, merged_rows=rows["merged"], base_rows=rows["base"])  # fmt: skip
-
-
-def embedding_rows(folder: Path) -> int:
-    shape = embedding_shape(tensor_shapes(folder))
-    assert shape is not None  # check_model_folder refused a base without one
-    return shape[0]
 
 
 def check_special_tokens(
@@ -244,15 +235,57 @@ def check_chat_template(llama: LlamaModel, tokenizer: "PreTrainedTokenizerBase")
     for talk in talks:
         found, expected = render(tokenizer, talk, stored), render(tokenizer, talk, None)
         if found != expected:
-            roles = "+".join(message["role"] for message in talk)
-            at = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b),
-                      min(len(found), len(expected)))  # fmt: skip
-            faults.append(
-                f"a conversation of {roles} differs from character {at} on:"
-                f" {show(found[at:])}, not {show(expected[at:])}"
-            )
+            faults.append(describe_rendering(talk, found, expected))
     return make_result("chat_template", faults[:1], f"{len(talks)} conversations render alike",
                        conversations=len(talks), differing=len(faults))  # fmt: skip
+
+
+def check_task_template(
+    llama: LlamaModel,
+    tokenizer: "PreTrainedTokenizerBase",
+    task: Task,
+    examples: Sequence[Example],
+    texts: Mapping[str, str],
+) -> Result:
+    """Render each example's bare text with the template in the file, which must give its prompt.
+
+    `texts` are the examples' by id. Hard texts are rendered in conversations of several shapes, with a
+    system message, a history, in parts, and must give what the base's template makes of them. Texts
+    that were cut to tokenize.max_length have another prompt, which no template can know.
+    """
+    stored = llama.chat_template()
+    if stored is None:
+        return make_result("chat_template", ["the file stores no chat template"], "")
+    whole = [example for example in examples if not example.cut]
+    asked: list[tuple[Sequence[Any], str]] = [
+        ([{"role": "user", "content": texts[example.id]}], example.prompt) for example in whole
+    ]
+    defuse = starts_pattern(control_tokens(tokenizer))
+    for text in hard_texts(tokenizer):
+        record = {"id": "(a hard text)", task.text_field: defuse.sub(r"\g<0> ", text)}
+        prompt = render_prompt(tokenizer, task, record)
+        asked += [(talk, prompt) for talk in with_text(text)]
+    faults = [
+        describe_rendering(talk, found, prompt)
+        for talk, prompt in asked
+        if (found := render(tokenizer, talk, stored)) != prompt
+    ]
+    detail = (
+        f"{len(whole)} texts and {len(asked) - len(whole)} conversations give the trained prompt"
+    )
+    return make_result("chat_template", faults[:1], detail, "task_template",
+                       texts=len(whole), conversations=len(asked) - len(whole), differing=len(faults))  # fmt: skip
+
+
+def describe_rendering(talk: Sequence[Mapping[str, Any]], found: str, expected: str) -> str:
+    """Name the first place where two renderings of a conversation part."""
+    roles = "+".join(message["role"] for message in talk)
+    at = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b),
+              min(len(found), len(expected)))  # fmt: skip
+    return (
+        f"a conversation of {roles} differs from character {at} on:"
+        f" {show(found[at:])}, not {show(expected[at:])}"
+    )
 
 
 def conversations(tokenizer: "PreTrainedTokenizerBase") -> list[list[dict[str, str]]]:
@@ -269,7 +302,7 @@ def conversations(tokenizer: "PreTrainedTokenizerBase") -> list[list[dict[str, s
 
 
 def render(
-    tokenizer: "PreTrainedTokenizerBase", talk: list[dict[str, str]], template: str | None
+    tokenizer: "PreTrainedTokenizerBase", talk: Sequence[Message], template: str | None
 ) -> str:
     """Render in transformers' sandbox; what a template refuses is part of what it does."""
     try:

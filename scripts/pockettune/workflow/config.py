@@ -106,6 +106,8 @@ def drop_idle(config: Config) -> None:
         train.update(eval_limit=None, metric=None, patience=None)
     if train["teacher"] and train["teacher"]["weight"] == 0:
         train["teacher"] = None
+    if config["vocabulary"]["keep"] == "full":
+        config["vocabulary"] = {"keep": "full"}
     if train["adapter"]:
         config["train"] = {"adapter": train["adapter"]}
     if model["path"]:
@@ -170,7 +172,7 @@ def _spell_alike(value: Any, schema: dict[str, Any]) -> Any:
         }
     types = schema.get("type")
     types = {types} if isinstance(types, str) else set(types or ())
-    is_number = bool(types) and types <= {"number", "integer", "null"}
+    is_number = bool(types & {"number", "integer"}) and "string" not in types
     return int(value) if is_number and isinstance(value, float) and value.is_integer() else value
 
 
@@ -235,6 +237,9 @@ def _contradictions(config: Config) -> Iterator[str]:
             "model.chat_template is for a .gguf file of model.path alone; a model's folder holds"
             " its own, chat_template.jinja"
         )
+    kept = config["model"].get("keep_layers")
+    if isinstance(kept, list) and kept != sorted(set(kept)):
+        yield f"model.keep_layers is {kept}: give each layer once, ascending"
     train = config["train"]
     if config["evaluate"]["split"] == "validation" and train["eval_every"] and not train["adapter"]:
         yield (
@@ -242,6 +247,9 @@ def _contradictions(config: Config) -> Iterator[str]:
             " on them is too high; set evaluate.split to test, or train.eval_every to null"
         )
     yield from _unusable_recipes(config["quantize"])
+    bundled = (config.get("bundle") or {}).get("file", "best")
+    if bundled not in (known := ["best", "f16", *config["quantize"]]):
+        yield f"bundle.file is {bundled!r}; {_nearest(bundled, known)}"
     words = list(config["task"]["labels"].values())
     if len(set(words)) < len(words):
         yield f"task.labels answers the same word for two values: {', '.join(words)}"

@@ -16,15 +16,16 @@ import yaml
 from snakemake.utils import update_config
 
 from pockettune.common.errors import UserError, list_faults
-from pockettune.workflow.config import check_config, drop_idle
+from pockettune.workflow.config import check_config, check_files, drop_idle, local_files
 from pockettune.workflow.pins import unpin_others
+from pockettune.workflow.teacher import find_teacher
 
 Config = dict[str, Any]
 
 MEMBERS_LIMIT = 200
 KEYS = ("base", "over")
 # Of two members that differ in nothing else one is enough.
-NO_SETTING = ("hub", "pathvars", "report")
+NO_SETTING = ("hub", "pathvars", "report", "bundle")
 LONGEST_NAME = 100  # characters; file systems take 255, and rules are named by it
 
 
@@ -84,8 +85,8 @@ def expand(
     """Return a member for each combination of values, the last key's changing fastest.
 
     `own` is config.yaml, `run` what the base's run file lays over it. Members' results lie in
-    `results`/<name>. Raises UserError for keys and values that the schema does not know, all at once,
-    and for members of equal settings.
+    `results`/<name>. Raises UserError for keys and values that the schema does not know and files that
+    are not here, all at once, and for members of equal settings or names.
     """
     faults: dict[str, None] = {}
     members = []
@@ -99,6 +100,7 @@ def expand(
             config["pathvars"] = {"results": str(results / name)}
             unpin_others(config, own, given)
             check_config(config, schema)
+            check_inputs(config)
             members.append(Member(name, changed, config))
         except UserError as error:
             faults[str(error).removeprefix("config: ")] = None
@@ -106,6 +108,14 @@ def expand(
         raise UserError(f"sweep: {list_faults(list(faults))}")
     refuse_equal(members)
     return members
+
+
+def check_inputs(config: Config) -> None:
+    """Raise UserError where a valid config names files, or a teacher, that are not here."""
+    check_files(local_files(config))
+    teacher = config["train"]["teacher"]
+    if teacher and teacher["weight"] and not config["train"]["adapter"]:
+        find_teacher(teacher["path"], config["pathvars"]["results"])
 
 
 def lay_over(run: Config, changed: Mapping[str, Any]) -> Config:
@@ -139,6 +149,12 @@ def refuse_equal(members: list[Member]) -> None:
             f"sweep: members of equal settings: {list_faults(equal)}; take the repeated value away, or the"
             " key that another one makes idle"
         )
+    names = Counter(member.name for member in members)
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise UserError(
+            f"sweep: members of one name: {list_faults(twice)}; their values are spelled alike, make two sweeps"
+            " of them"
+        )
     # The programs that fetch get checksums from their environment, which is one for all members.
     pins = {
         json.dumps([m.config["model"]["sha256"], m.config["hub"]], sort_keys=True) for m in members
@@ -151,7 +167,10 @@ def refuse_equal(members: list[Member]) -> None:
 
 
 def name_member(changed: Mapping[str, Any]) -> str:
-    """Return a member's name, such as rank-8_seed-13, that can stand in a path and in a rule's name."""
+    """Return a member's name, such as rank-8_seed-13, that can stand in a path and in a rule's name.
+
+    It holds no __, behind which the name of a rule begins.
+    """
     last_parts = Counter(key.split(".")[-1] for key in changed)
     parts = []
     for key, value in changed.items():
@@ -160,9 +179,9 @@ def name_member(changed: Mapping[str, Any]) -> str:
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         parts.append(f"{label}-{text}")
     full = "_".join(parts)
-    name = re.sub(r"[^A-Za-z0-9_.]+", "-", full).strip("-")
+    name = re.sub(r"[^A-Za-z0-9_.]+|__+", "-", full).strip("-_")
     plain = all(isinstance(value, str | int | float | None) for value in changed.values())
-    if plain and re.sub(r"[^A-Za-z0-9_.-]", "", full) == full and len(name) <= LONGEST_NAME:
+    if plain and name == full and len(name) <= LONGEST_NAME:
         return name
     # What was lost in the spelling could have told two members apart.
     return f"{name[:LONGEST_NAME]}-{hashlib.sha256(full.encode()).hexdigest()[:6]}"

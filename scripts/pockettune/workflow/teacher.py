@@ -16,15 +16,15 @@ def find_teacher(path: str, results: str) -> Path:
     """
     named = Path(path)
     made = [named / name for name in OF_A_RUN if (named / name).exists()]
-    same = [folder.resolve() == Path(results).resolve() for folder in (named, named.parent)]
-    if same[0] or (same[1] and not made):
+    is_gguf = named.is_file() and named.suffix.lower() == ".gguf"
+    is_model = is_gguf or (named / "config.json").is_file()
+    own = Path(results).resolve()
+    if named.resolve() == own or (is_model and named.parent.resolve() == own):
         raise UserError(
             f"config: train.teacher.path {path} is of this run itself, whose results go to {results}: name"
             " another run's, or give this one a pathvars.results of its own"
         )
-    if named.is_file() and named.suffix.lower() == ".gguf":
-        return named
-    if (named / "config.json").is_file():
+    if is_model:
         return named
     if not made:
         raise UserError(

@@ -1,0 +1,37 @@
+# What leaves the workflow for a phone.
+
+
+# A copy, so it needs no more than the disk; only when it is asked for.
+rule bundle:
+    input:
+        **program("make_bundle"),
+        **folder("model", SHIPPED_MODEL),
+        **folder("tokens", SHIPPED_TOKENS),
+        page="report/bundle.md.j2",
+        records=f"<results>/dataset/{SPLIT}.jsonl",
+        gguf=f"<results>/{BUNDLED}.gguf",
+        choice="<results>/best.json" if BUNDLED == "best" else [],
+        predictions=expand(
+            "<results>/predictions/{file}.parquet", file=BUNDLE_CANDIDATES
+        ),
+        metrics="<results>/metrics.json",
+        card="<results>/card.md",
+    output:
+        bundle=directory("<results>/bundle"),
+        manifest="<results>/bundle.sha256",
+    log:
+        "<results>/logs/bundle.log",
+    benchmark:
+        "<results>/benchmarks/bundle.tsv"
+    conda:
+        "../envs/llama_cpp.yaml"
+    resources:
+        mem_mb=memory(4000),
+        runtime="30m",
+    params:
+        settings=bundle_settings,
+    shell:
+        command(
+            "params.settings input.model input.tokens input.records input.gguf input.choice"
+            " input.predictions input.metrics input.card input.page output=output.bundle"
+        )

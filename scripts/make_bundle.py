@@ -1,0 +1,207 @@
+"""Put a GGUF file together with all that a phone or a chat program needs to ask it rightly.
+
+Input   a GGUF file, its predictions, the rows they are of, the folders of its model and its tokens,
+        metrics.json, card.md; best.json where the file is the chosen one
+Output  a folder: model.gguf, task.json, conformance.jsonl (rows that show whether a program answers as
+        was scored), Modelfile, labels.gbnf, llama-server.ini, README.md, card.md, LICENSE.txt, SHA256SUMS
+"""
+
+import argparse
+import json
+import shlex
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from pockettune.common import program
+from pockettune.common.checksums import sha256
+from pockettune.common.errors import UserError
+from pockettune.common.pages import render_page
+from pockettune.data.prompts import Examples, take_evenly
+from pockettune.data.records import read_records
+from pockettune.data.serving import (
+    context_tokens,
+    describe_task,
+    write_grammar,
+    write_modelfile,
+    write_preset,
+)
+from pockettune.data.task_template import Frame, find_frame
+from pockettune.evaluation.conformance import ROWS, messages_of
+from pockettune.evaluation.scoring import decisive_prefixes
+from pockettune.models.folder import load_tokenizer
+from pockettune.runtimes.llama import LlamaModel
+from pockettune.tasks import Task, load_task
+
+MODEL = "model.gguf"
+LICENCE = """The model is made of a base model under this licence: {}
+Its text: https://spdx.org/licenses/, and beside the base model that card.md names.
+"""
+SPARE = 4  # tokens beyond the longest answer, should it be written in others
+
+
+def make_bundle(a: argparse.Namespace) -> None:
+    """Write the folder `a.output`."""
+    settings = a.settings
+    task = load_task(settings["task"], settings["dataset"])
+    tokenizer = load_tokenizer(a.model)
+    frame = find_frame(tokenizer, task)
+    answers = program.read_json(a.tokens / "answers.json")
+    stop = program.read_json(a.tokens / "chat.json")["end"]
+    max_tokens = max(map(len, answers["ids"])) + SPARE
+    context = context_tokens(settings["tokenize"]["max_length"])
+    name = settings["bundle"]["file"]
+    if name == "best":
+        name = program.read_json(a.choice)["chosen"]
+    with program.staged(a.output, needed=a.gguf.stat().st_size) as folder:
+        folder.mkdir()
+        shutil.copyfile(a.gguf, folder / MODEL)
+        with LlamaModel(a.gguf, threads=1) as llama:
+            bos = str(tokenizer.bos_token) if llama.adds_bos() else ""
+            rows = list(conformance_rows(a, name, llama, task))
+        told = {
+            **describe_task(settings, frame, bos, stop, max_tokens),
+            **describe_trust(program.read_json(a.metrics)["stages"][name]),
+            "example": {key: rows[0][key] for key in ("message", "prompt", "answer")},
+            "model": MODEL,
+            "file": name,
+        }
+        program.write_json(folder / "task.json", told)
+        write_lines(folder / "conformance.jsonl", rows)
+        words = answers["words"]
+        texts = {
+            "Modelfile": write_modelfile(MODEL, sent(frame, told), bos, stop, max_tokens, context),
+            "labels.gbnf": write_grammar(words),
+            "llama-server.ini": write_preset(MODEL, max_tokens, context),
+            "README.md": write_page(a.page, told, rows, a.output),
+            "card.md": a.card.read_text(encoding="utf-8"),
+            "LICENSE.txt": LICENCE.format(settings["card"]["license"]),
+        }
+        for file, text in texts.items():
+            (folder / file).write_text(text, encoding="utf-8")
+        write_checksums(folder)
+    program.logger.info("%s: %s and %d rows to try a server with", a.output, a.gguf.name, len(rows))
+
+
+def conformance_rows(
+    a: argparse.Namespace, name: str, llama: LlamaModel, task: Task
+) -> Iterator[dict[str, Any]]:
+    """Yield rows that were scored: what a program sends, the prompt, its ids, each label's score.
+
+    Ids are the file's own. Rows whose text was cut to tokenize.max_length are left out: no chat template
+    cuts.
+    """
+    answers = program.read_json(a.tokens / "answers.json")
+    prefixes = decisive_prefixes(answers["ids"])
+    table = pd.read_parquet(next(path for path in a.predictions if path.stem == name))
+    scored = {row["id"]: row for row in table.to_dict("records")}
+    texts = {record["id"]: record for record in read_records(a.records)}
+    examples = Examples(a.tokens / f"{a.settings['evaluate']['split']}.arrow")
+    whole = [e for e in examples if e.id in scored and not e.cut]
+    if not whole:
+        raise UserError(
+            "bundle: every evaluated text is longer than tokenize.max_length, so that no row can show how a"
+            " program answers; raise tokenize.max_length or evaluate.limit"
+        )
+    for example in take_evenly(whole, ROWS):
+        row = scored[example.id]
+        yield {
+            "id": example.id,
+            "message": message(a.settings, task, texts[example.id]),
+            "prompt": example.prompt,
+            "prompt_ids": llama.tokenize(example.prompt),
+            "labels": {
+                word: {"ids": list(ids), "log_probability": float(row[f"log_probability_{word}"])}
+                for word, ids in zip(answers["words"], prefixes, strict=True)
+            },
+            "answer": row["prediction"],
+        }
+
+
+def message(settings: Mapping[str, Any], task: Task, record: dict[str, Any]) -> str:
+    """Return what a chat program sends as the user's message."""
+    if settings["card"]["template"] == "task":
+        return record[task.text_field]
+    return task.prompt(record)[-1]["content"]
+
+
+def write_page(
+    template: Path, task: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], output: Path
+) -> str:
+    """Return the bundle's README, the first row as its example."""
+    body = {
+        "messages": messages_of(task, rows[0]),
+        "temperature": 0,
+        "max_tokens": task["max_tokens"],
+    }
+    request = json.dumps(body, ensure_ascii=False, indent=2)
+    content = {
+        "task": task,
+        "rows": len(rows),
+        "request": request,
+        "folder": shlex.quote(str(output)),
+    }
+    return render_page(template, content, {})
+
+
+def sent(frame: Frame, task: Mapping[str, Any]) -> Frame:
+    """Return the frame of what a program sends: the text, or the whole prompt where the file adds none."""
+    return frame if task["template"] == "task" else replace(frame, parts=("", ""))
+
+
+def describe_trust(stage: Mapping[str, Any]) -> dict[str, Any]:
+    """Return by what a program divides log probabilities, and what refusing unsure answers would leave.
+
+    "threshold" is null: which answers are too unsure is for the program's maker to say.
+    """
+    fitted = stage.get("at_temperature") or {"temperature": None, "coverage": []}
+    return {
+        "temperature": fitted["temperature"],
+        "threshold": None,
+        "coverage": fitted["coverage"],
+    }
+
+
+def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a line of JSON for each row."""
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def write_checksums(folder: Path) -> None:
+    """Write SHA256SUMS of all that lies in a folder, as sha256sum -c reads it."""
+    lines = [f"{sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
+    (folder / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")
+
+
+def main() -> None:
+    parser = program.argument_parser(__doc__)
+    parser.add_argument(
+        "--settings", type=json.loads, required=True,
+        help="sections task, dataset, tokenize, card, bundle; evaluate.split",
+    )  # fmt: skip
+    parser.add_argument("--model", type=Path, required=True, help="folder the file was made of")
+    parser.add_argument("--tokens", type=Path, required=True, help="folder of tokenize_dataset.py")
+    parser.add_argument("--records", type=Path, required=True, help="rows that were evaluated")
+    parser.add_argument("--gguf", type=Path, required=True, help="file to bundle")
+    parser.add_argument("--choice", type=Path, nargs="?", help="best.json, for best.gguf")
+    parser.add_argument(
+        "--predictions",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="<file>.parquet of each candidate",
+    )
+    parser.add_argument("--metrics", type=Path, required=True, help="metrics.json")
+    parser.add_argument("--card", type=Path, required=True, help="card.md")
+    parser.add_argument("--page", type=Path, required=True, help="template of the bundle's README")
+    parser.add_argument("--output", type=Path, required=True, help="folder to make")
+    program.run(parser, make_bundle)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""Whether a server answers a bundle's rows as they were scored, and what is wrong where it does not.
+
+A server is asked as a chat program asks it. Of rows that are answered otherwise the cause is found by
+asking again in other ways: with the likeliest token, with the trained messages spelled out, with the
+prompt as raw text. The first way that mends all of them, and the tokens that the server counted, tell.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from pockettune.data.prompts import take_evenly
+
+Row = Mapping[str, Any]  # a line of conformance.jsonl
+
+ROWS = 50  # in a bundle
+# Two labels nearer than this, in nats, may change places in another build of llama.cpp: 0.39 was the most
+# by which a difference of two moved between builds on x86, in a browser and under an emulated ARM.
+NEAR = 0.5
+ASKED_AGAIN = 8  # rows that are asked in other ways
+
+CAUSES = {
+    "sampling": "the server samples; with temperature 0 it answers as scored: send temperature 0 (conform --greedy"
+    " does), or set it so in the server",
+    "stop": "answers begin as scored and go on: the server does not stop at {stop}; give it as a stop word",
+    "template": "the server does not use the file's chat template but one of its own: switch that to Jinja, to"
+    " the template in the file",
+    "system prompt": "the server leaves the system message out: switch it to the file's own chat template, or"
+    " set the system prompt of task.json in it",
+    "BOS": "the server puts a token more before the prompt than was scored, probably a BOS: switch that off",
+    "other file": "the prompt as raw text is answered otherwise too: the server has another file loaded; compare"
+    " its checksum with SHA256SUMS",
+    "unknown": "the template or the file is another; the server takes no raw text by which to tell",
+}
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a server answered."""
+
+    text: str
+    prompt_tokens: int | None = None  # as the server counted them
+    first: Mapping[int | str, float] = field(
+        default_factory=dict
+    )  # log probabilities, by id or text
+
+
+class Server(Protocol):
+    """An OpenAI-compatible address."""
+
+    def chat(self, messages: Sequence[Mapping[str, str]], greedy: bool) -> Reply:
+        """Answer a conversation; without `greedy` at the server's own sampling."""
+
+    def complete(self, prompt: str) -> Reply | None:
+        """Continue raw text with the likeliest token; None where the server cannot."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found of all rows."""
+
+    right: int
+    near: list[str]  # ids of rows that changed and may, because two labels were close
+    wrong: list[tuple[str, str, str]]  # id, scored answer, what was answered
+    cause: str | None  # a key of CAUSES, where rows are wrong
+    other_length: int  # rows whose prompt had another number of tokens than was scored
+    largest_difference: float | None  # of a label's log probability, where the server tells them
+
+
+def messages_of(task: Mapping[str, Any], row: Row, spelled: bool = False) -> list[dict[str, str]]:
+    """Return what a chat program sends; `spelled` out, also to a file that writes the prompt itself."""
+    if task["template"] == "task" and not spelled:
+        return [{"role": "user", "content": row["message"]}]
+    content = row["message"]
+    if task["template"] == "task":
+        content = content.join(task["parts"])
+    system = [{"role": "system", "content": task["system"]}] if task["system"] else []
+    return [*system, {"role": "user", "content": content}]
+
+
+def judge(row: Row, reply: Reply) -> str:
+    """Return right, near, runs on, or wrong."""
+    said, answer = reply.text.strip(), row["answer"]
+    if said == answer:
+        return "right"
+    if said in row["labels"]:
+        scores = [label["log_probability"] for label in row["labels"].values()]
+        lost = max(scores) - row["labels"][said]["log_probability"]
+        return "near" if lost < NEAR else "wrong"
+    return "runs on" if said.startswith(answer) else "wrong"
+
+
+def replay(task: Mapping[str, Any], rows: Sequence[Row], server: Server) -> Verdict:
+    """Ask every row as a chat program does, and where some are answered otherwise, find out why."""
+    replies = [server.chat(messages_of(task, row), greedy=False) for row in rows]
+    judged = [judge(row, reply) for row, reply in zip(rows, replies, strict=True)]
+    wrong = [
+        (row, reply, how)
+        for row, reply, how in zip(rows, replies, judged, strict=True)
+        if how in ("wrong", "runs on")
+    ]
+    cause = None
+    if wrong:
+        only_longer = all(how == "runs on" for _, _, how in wrong)
+        again = take_evenly([row for row, _, _ in wrong], ASKED_AGAIN)
+        cause = "stop" if only_longer else find_cause(task, again, server)
+    differences = [d for pair in zip(rows, replies, strict=True) for d in compare_scores(*pair)]
+    return Verdict(
+        right=judged.count("right"),
+        near=[row["id"] for row, how in zip(rows, judged, strict=True) if how == "near"],
+        wrong=[(row["id"], row["answer"], reply.text) for row, reply, _ in wrong],
+        cause=cause,
+        other_length=sum(
+            reply.prompt_tokens not in (None, len(row["prompt_ids"]))
+            for row, reply in zip(rows, replies, strict=True)
+        ),
+        largest_difference=max(differences, default=None),
+    )
+
+
+def find_cause(task: Mapping[str, Any], rows: Sequence[Row], server: Server) -> str:
+    """Return the key of CAUSES that explains rows which a server answers otherwise."""
+
+    def ask(way: Callable[[Row], Reply | None]) -> list[Reply | None]:
+        return [way(row) for row in rows]
+
+    def mends(replies: Sequence[Reply | None]) -> bool:
+        return all(
+            reply is not None and judge(row, reply) in ("right", "near")
+            for row, reply in zip(rows, replies, strict=True)
+        )
+
+    def longer_by_one(replies: Sequence[Reply | None]) -> bool:
+        return all(
+            reply is not None and reply.prompt_tokens == len(row["prompt_ids"]) + 1
+            for row, reply in zip(rows, replies, strict=True)
+        )
+
+    greedy = ask(lambda row: server.chat(messages_of(task, row), greedy=True))
+    if mends(greedy):
+        return "sampling"
+    raw = ask(lambda row: server.complete(row["prompt"].removeprefix(task["bos"])))
+    if longer_by_one(greedy) or longer_by_one(raw):
+        return "BOS"
+    spelled = ask(lambda row: server.chat(messages_of(task, row, spelled=True), greedy=True))
+    if mends(spelled):
+        return "template"
+    if None in raw:
+        return "unknown"
+    if not mends(raw):
+        return "other file"
+    if task["system"]:
+        bare = ask(lambda row: server.chat(messages_of(task, row, spelled=True)[1:], greedy=True))
+        if bare == spelled:
+            return "system prompt"
+    return "template"
+
+
+def compare_scores(row: Row, reply: Reply) -> list[float]:
+    """Return how far the log probabilities of labels of one token are from those scored, in nats."""
+    found = []
+    for word, label in row["labels"].items():
+        if len(label["ids"]) == 1:
+            score = reply.first.get(label["ids"][0], reply.first.get(word))
+            if score is not None:
+                found.append(abs(score - label["log_probability"]))
+    return found
+
+
+def describe(verdict: Verdict, rows: int, stop: str) -> str:
+    """Return the verdict in a sentence or two."""
+    told = f"{verdict.right} of {rows} rows are answered as scored"
+    if verdict.near:
+        told += (
+            f", {len(verdict.near)} otherwise whose two best labels were closer than {NEAR} nats"
+            f" ({', '.join(verdict.near[:5])}), as another build may"
+        )
+    if verdict.wrong:
+        identity, answer, said = verdict.wrong[0]
+        assert verdict.cause is not None
+        told += (
+            f"; {len(verdict.wrong)} are not, first {identity}: scored {answer!r}, answered {said[:60]!r};"
+            f" cause: {verdict.cause}: {CAUSES[verdict.cause].format(stop=stop)}"
+        )
+    if verdict.other_length:
+        told += f"; {verdict.other_length} prompts had another number of tokens than was scored"
+    if verdict.largest_difference is not None:
+        told += f"; log probabilities differ by {verdict.largest_difference:.3f} nats at most"
+    return told

@@ -1,0 +1,86 @@
+"""Drives Firefox by Marionette, its own protocol for tests, without a driver program beside it.
+
+Protocol: messages [type, id, name or error, content], each behind its length
+(https://firefox-source-docs.mozilla.org/testing/marionette/Protocol.html).
+"""
+
+import json
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+FIREFOX = next(filter(None, map(shutil.which, ("firefox-esr", "firefox"))), None)
+
+
+class Firefox:
+    """A Firefox without a window, with a profile of its own."""
+
+    def __init__(self, folder: Path, locale: str = "en-US") -> None:
+        assert FIREFOX
+        profile = folder / "profile"
+        profile.mkdir()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        settings = {"marionette.port": port, "intl.accept_languages": locale}
+        lines = [f"user_pref({json.dumps(k)}, {json.dumps(v)});\n" for k, v in settings.items()]
+        (profile / "user.js").write_text("".join(lines))
+        self.process = subprocess.Popen(
+            [FIREFOX, "--headless", "--marionette", "--no-remote", "--profile", str(profile)],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        self.count = 0
+        self.connection = self._connect(port)
+        self._read()  # its greeting
+        self.ask("WebDriver:NewSession", {})
+        self.ask("WebDriver:SetTimeouts", {"script": 300_000})
+
+    def _connect(self, port: int) -> socket.socket:
+        for _ in range(300):
+            try:
+                return socket.create_connection(("127.0.0.1", port))
+            except OSError:
+                time.sleep(0.2)
+        raise TimeoutError("Firefox does not listen")
+
+    def _read(self) -> Any:
+        digits = b""
+        while not digits.endswith(b":"):
+            digits += self.connection.recv(1)
+        left, content = int(digits[:-1]), b""
+        while len(content) < left:
+            content += self.connection.recv(left - len(content))
+        return json.loads(content)
+
+    def ask(self, name: str, values: dict[str, Any]) -> Any:
+        """Send a command and return its answer."""
+        self.count += 1
+        message = json.dumps([0, self.count, name, values]).encode()
+        self.connection.sendall(str(len(message)).encode() + b":" + message)
+        _, _, error, content = self._read()
+        assert error is None, error
+        return content
+
+    def open(self, url: str) -> None:
+        self.ask("WebDriver:Navigate", {"url": url})
+
+    def run(self, script: str) -> Any:
+        """Run the body of a function in the page and return what it returns, waited for."""
+        content = {"script": f"return (async () => {{ {script} }})()", "args": []}
+        return self.ask("WebDriver:ExecuteScript", content)["value"]
+
+    def wait(self, selector: str) -> None:
+        """Wait until such an element is there."""
+        for _ in range(600):
+            if self.run(f"return document.querySelector({json.dumps(selector)}) !== null"):
+                return
+            time.sleep(0.2)
+        raise TimeoutError(f"{selector}: {self.run('return document.body.innerText')}")
+
+    def close(self) -> None:
+        self.connection.close()
+        self.process.kill()
+        self.process.wait()
