@@ -361,6 +361,19 @@ def test_model_card_names_licence_language_and_numbers(finished_run: Path) -> No
     assert "Send the text as the user's message and nothing else" in card
 
 
+def test_report_and_card_of_an_adapter_trained_elsewhere(finished_run: Path) -> None:
+    from write_report import render
+
+    content = gather_report(finished_run, finished_run / "results/small/flips.json")
+    # As import_adapter writes it, which knows nothing of the training.
+    content["training"] = {"imported_from": "theirs", "base": None, "trainable_parameters": 12_345}
+    page, card = (
+        render(finished_run / f"report/{name}.j2", content) for name in ("report.html", "card.md")
+    )
+    assert "it comes from theirs" in page
+    assert "trained elsewhere, 12,345 parameters" in card and "Teacher" not in card
+
+
 def test_model_card_says_how_a_runtime_asks_alike(finished_run: Path) -> None:
     from write_report import render
 
