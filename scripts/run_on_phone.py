@@ -10,12 +10,12 @@ Output  answers, rates (prompt and generation), memory, temperature, the battery
 """
 
 import argparse
+import json
 from pathlib import Path
 
 from pockettune.common import program
 from pockettune.common.checksums import sha256
 from pockettune.common.errors import UserError
-from pockettune.data.records import read_records
 from pockettune.phone.devices import Device, find_device
 from pockettune.phone.results import compare, describe, summarize
 from pockettune.phone.selection import choose_program
@@ -38,7 +38,8 @@ def run_on_phone(
     arguments = " ".join([*FILES, *map(str, options)])
     command = f"cd {device.folder} && chmod 755 score-{name} && ./score-{name} {arguments}"
     measured = summarize(device.run(command, seconds=None))
-    comparison = compare(list(read_records(bundle / "conformance.jsonl")), measured["rows"])
+    lines = (bundle / "conformance.jsonl").read_text(encoding="utf-8").splitlines()
+    comparison = compare([json.loads(line) for line in lines], measured["rows"])
     result = {
         "device": {"name": device.name, "model": _model(device), "program": name},
         "model": {"sha256": sha256(bundle / "model.gguf")},
