@@ -1,4 +1,4 @@
-# setup | doctor | demo | app | test | test-slurm | test-kills | lint | bench | bench-train | clean | clean-scratch.
+# setup | doctor | demo | app | phone | test | test-slurm | test-kills | lint | bench | bench-train | clean | clean-scratch.
 # The README gives the first three in plain commands too.
 
 PYTHON ?= python3
@@ -25,7 +25,7 @@ BUILD = $(BIN)/python -m pip wheel --quiet --no-deps $(if $(CMAKE_ARGS),--no-cac
 INSTALL = $(BIN)/python -m pip install --quiet $(if $(PYTHONDONTWRITEBYTECODE),,--no-compile) \
 	--constraint constraints.txt
 
-.PHONY: setup doctor demo app test test-slurm test-kills lint bench bench-train clean clean-scratch
+.PHONY: setup doctor demo app phone test test-slurm test-kills lint bench bench-train clean clean-scratch
 
 setup: .venv/installed
 
@@ -64,6 +64,15 @@ APP_CONFIG = $(or $(CONFIG),runs/demo.yaml)
 app: setup
 	$(BIN)/snakemake --cores all --configfile $(APP_CONFIG) -- app
 	$(BIN)/python scripts/serve_app.py --configfile $(APP_CONFIG) $(if $(PORT),--port $(PORT))
+
+# On a phone that adb sees, or a board that ssh reaches; looks for it before anything is computed.
+# make phone CONFIG=runs/mine.yaml BUNDLE=results/mine/bundle HOST=pi@raspberrypi
+BUNDLE = results/bundle
+RUN_ON_PHONE = $(BIN)/python scripts/run_on_phone.py $(if $(HOST),--host $(HOST)) $(if $(SERIAL),--serial $(SERIAL))
+phone: setup
+	$(RUN_ON_PHONE) --look
+	$(BIN)/snakemake --cores all $(if $(CONFIG),--configfile $(CONFIG)) -- $(BUNDLE) build_phone
+	$(RUN_ON_PHONE) --bundle $(BUNDLE) --output $(dir $(BUNDLE))phone.json
 
 test: setup
 	$(BIN)/python -m pytest

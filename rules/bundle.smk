@@ -35,3 +35,31 @@ rule bundle:
             "params.settings input.model input.tokens input.records input.gguf input.choice"
             " input.predictions input.metrics input.card input.page output=output.bundle"
         )
+
+
+# The same for every model, and of no use to the workflow: only when it is asked for.
+rule build_phone:
+    input:
+        **program("build_phone"),
+        sources=expand(
+            "scripts/pockettune/phone/{file}", file=["score.cpp", "rows.h", "meters.h"]
+        ),
+    output:
+        programs=directory("resources/phone"),
+        manifest="resources/phone.sha256",
+    log:
+        "<results>/logs/build_phone.log",
+    benchmark:
+        "<results>/benchmarks/build_phone.tsv"
+    conda:
+        "../envs/data.yaml"
+    threads: 4
+    resources:
+        mem_mb=memory(4000),
+        runtime="1h",
+    params:
+        version=LLAMA_CPP_PYTHON,
+    shell:
+        command(
+            "params.version downloads=resources/downloads threads output=output.programs"
+        )

@@ -9,17 +9,11 @@ Output  a folder with convert_hf_to_gguf.py, conversion/, gguf-py/, the vocabula
 """
 
 import argparse
-import tarfile
 from pathlib import Path
 
 from pockettune.common import program
-from pockettune.common.errors import UserError
-from pockettune.sources.packages import Package, download_package
-
-# Of the source releases that were looked at; another version needs its own line.
-SHA256 = {"0.3.36": "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"}
-
-SIZE = 76_000_000  # bytes of a source release, a little less
+from pockettune.sources.llama_cpp import source_release, unpack
+from pockettune.sources.packages import download_package
 
 WANTED = ("LICENSE", "convert_hf_to_gguf.py", "conversion/", "gguf-py/gguf/", "gguf-py/LICENSE",
           "models/ggml-vocab-qwen2.gguf")  # fmt: skip
@@ -27,24 +21,10 @@ WANTED = ("LICENSE", "convert_hf_to_gguf.py", "conversion/", "gguf-py/gguf/", "g
 
 def fetch_converter(version: str, downloads: Path, output: Path) -> None:
     """Download the source release, verify it, and unpack the converter."""
-    if version not in SHA256:
-        raise UserError(f"llama-cpp-python {version}: known are {', '.join(SHA256)}")
-    file = f"llama_cpp_python-{version}.tar.gz"
-    release = Package("llama-cpp-python", version, file, SHA256[version], SIZE)
-    archive = download_package(release, downloads)
+    archive = download_package(source_release(version), downloads)
     with program.staged(output) as partial:
-        unpack(archive, f"llama_cpp_python-{version}/vendor/llama.cpp/", partial)
+        unpack(archive, f"llama_cpp_python-{version}/vendor/llama.cpp/", partial, WANTED)
     program.logger.info("converter of llama-cpp-python %s in %s", version, output)
-
-
-def unpack(archive: Path, prefix: str, target: Path) -> None:
-    """Unpack the files of WANTED below `prefix`."""
-    with tarfile.open(archive) as tar:
-        for member in tar:
-            name = member.name.removeprefix(prefix)
-            if member.isfile() and member.name != name and name.startswith(WANTED):
-                member.name = name
-                tar.extract(member, target, filter="data")
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from conftest import ROOT
 PACKAGE = ROOT / "scripts/pockettune"
 # From the floor up. What the rules use (workflow) knows nothing of models.
 LAYERS = ("common", "tasks", "data", "sources", "models", "gguf", "runtimes", "evaluation", "training",
-          "parity")  # fmt: skip
+          "parity", "phone")  # fmt: skip
 ABOVE_COMMON = ("workflow",)
 # What looks at a machine before a run asks all of them; none of them knows of it.
 ABOVE_ALL = ("machine",)

@@ -1,0 +1,310 @@
+"""score computes what was scored, the program fits the processor, and a device that fails is told of."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import pytest
+
+from conftest import ARCHIVE, ROOT, run_program
+from pockettune.common.errors import UserError
+from pockettune.phone import devices
+from pockettune.phone.results import compare, summarize
+from pockettune.phone.selection import choose_program
+from test_bundle import bundle  # noqa: F401  # a fixture
+
+SOURCES = ROOT / "scripts/pockettune/phone"
+PROGRAMS = ROOT / "resources/phone"
+LABELS = ("负面", '正"<img onerror>')
+A53 = "fp asimd evtstrm aes pmull sha1 sha2 crc32 cpuid"
+A76 = A53 + " atomics fphp asimdhp asimdrdm lrcpc dcpop asimddp"
+A710 = A76 + " sve svei8mm i8mm bf16"
+
+
+def cpuinfo(*cores: str) -> str:
+    """Return /proc/cpuinfo of cores with these features."""
+    return "".join(
+        f"processor\t: {n}\nFeatures\t: {core}\nCPU part\t: 0xd05\n\n"
+        for n, core in enumerate(cores)
+    )
+
+
+@pytest.mark.parametrize(
+    ("cores", "name"),
+    [([A53], "armv8-a"), ([A76], "dotprod"), ([A710, A710], "i8mm"), ([A76, A53], "armv8-a"), ([], "armv8-a"),
+     ([A53 + " svei8mm asimddpx"], "armv8-a"), ([A53 + " i8mm"], "armv8-a"), ([A710, A76], "dotprod")],
+)  # fmt: skip
+def test_program_is_of_what_all_cores_have(cores: list[str], name: str) -> None:
+    assert choose_program("aarch64\n", cpuinfo(*cores)) == name
+
+
+@pytest.mark.parametrize("machine", ["armv7l", "x86_64", ""])
+def test_other_machine_is_refused(machine: str) -> None:
+    with pytest.raises(UserError, match="64-bit system on ARM"):
+        choose_program(machine, cpuinfo(A76))
+
+
+# ---- a stand-in for adb and ssh; the program that is sent to it is a shell script
+
+
+def make_rows() -> list[dict[str, Any]]:
+    scores = [(-0.1, -3.0), (-2.0, -0.2), (-0.6, -0.9)]
+    return [
+        {"id": f"test-{n}", "message": 'a "prompt_ids": [7', "prompt": "p", "prompt_ids": [1, 2],
+         "labels": {word: {"ids": [at], "log_probability": score} for at, (word, score) in enumerate(zip(LABELS, pair, strict=True))},
+         "answer": LABELS[pair[0] < pair[1]]}
+        for n, pair in enumerate(scores)
+    ]  # fmt: skip
+
+
+def phase(tokens: int, seconds: float) -> dict[str, Any]:
+    return {"tokens": tokens, "seconds": seconds, "watts": 2.0, "joules_a_token": 0.1}
+
+
+def printed(rows: list[dict[str, Any]], **scores: tuple[float, float]) -> dict[str, Any]:
+    """Return what score prints, with other scores for some rows."""
+    found = [
+        {"id": row["id"],
+         "labels": dict(zip(LABELS, scores.get(row["id"][5:].join(["r", ""]), [x["log_probability"] for x in row["labels"].values()]), strict=True))}
+        for row in rows
+    ]  # fmt: skip
+    rounds = [{"prompt": phase(60, s), "generation": phase(64, s), "watts_at_rest": 1.0, "celsius": [None, None]} for s in (1, 2, 4)]  # fmt: skip
+    return {"rows": found, "rounds": rounds, "threads": 4, "load_seconds": 0.1, "peak_memory_bytes": 1e8,
+            "repacked_mib": 0.5, "kernels": "CPU : NEON = 1"}  # fmt: skip
+
+
+@pytest.fixture
+def phone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with bundle, programs and device; adb and ssh on the path lead to the device."""
+    for name in ("bundle", "programs", "device", "bin"):
+        (tmp_path / name).mkdir()
+    rows = make_rows()
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    (tmp_path / "bundle/conformance.jsonl").write_text("".join(lines), encoding="utf-8")
+    (tmp_path / "bundle/model.gguf").write_bytes(b"GGUF" * 1000)
+    answer_with(tmp_path, printed(rows))
+    for client in ("adb", "ssh"):
+        path = tmp_path / "bin" / client
+        text = (ROOT / "tests/stand_in_device.py").read_text()
+        path.write_text(text.replace("/usr/bin/env python3", sys.executable, 1))
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    monkeypatch.setenv("DEVICE", str(tmp_path / "device"))
+    monkeypatch.setenv("CPUINFO", cpuinfo(A76))
+    return tmp_path
+
+
+def answer_with(folder: Path, told: dict[str, Any]) -> None:
+    """Let the program on the device print this."""
+    text = json.dumps(told, ensure_ascii=False)
+    script = f'#!/bin/sh\ntest -s "$1" -a -s "$2" || exit 3\ncat <<\'E\'\n{text}\nE\n'
+    (folder / "programs/score-dotprod").write_text(script, encoding="utf-8")
+
+
+def run_phone(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    return run_program("run_on_phone.py", "--bundle", folder / "bundle", "--programs", folder / "programs",
+                       "--output", folder / "phone.json", *options)  # fmt: skip
+
+
+def one_line(result: subprocess.CompletedProcess[str]) -> str:
+    """Return the error of a program that ended as for a user's mistake."""
+    assert result.returncode == 2 and "Traceback" not in result.stdout, result.stdout
+    return result.stdout.partition("error: ")[2]
+
+
+@pytest.mark.parametrize("options", [[], ["--host", "pi@board"]])
+def test_rows_are_replayed_on_the_device(phone: Path, options: list[str]) -> None:
+    result = run_phone(phone, *options)
+    assert result.returncode == 0, result.stdout
+    told = json.loads((phone / "phone.json").read_text())
+    assert told["comparison"] == {
+        "rows": 3,
+        "right": 3,
+        "near": [],
+        "wrong": {},
+        "largest_difference": 0.0,
+    }
+    assert told["device"]["program"] == "dotprod" and told["median"]["prompt_tokens_per_s"] == 30
+    calls = (phone / "device/calls").read_text()
+    assert calls.count("model.gguf.partial") > 1
+    assert run_phone(phone, *options).returncode == 0
+    again = (phone / "device/calls").read_text().removeprefix(calls)
+    assert "model.gguf.partial" not in again, "the same file is not sent twice"
+
+
+def test_other_answer_is_told_and_a_close_one_may_change(phone: Path) -> None:
+    rows = make_rows()
+    answer_with(phone, printed(rows, r0=(-3.0, -0.1), r2=(-0.9, -0.6)))
+    assert "1 rows are answered otherwise" in one_line(run_phone(phone))
+    told = json.loads((phone / "phone.json").read_text())["comparison"]
+    assert (told["near"], told["wrong"]) == (["test-2"], {"test-0": LABELS[1]})
+    assert told["largest_difference"] == pytest.approx(2.9)
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [("lost", "sending score-dotprod failed (error: device 'R58N' not found)"), ("full", "No space left"),
+     ("cut", "did not arrive"), ("lost-running", "not found")],
+)  # fmt: skip
+@pytest.mark.parametrize("options", [[], ["--host", "pi@board"]])
+def test_device_that_fails_is_one_line(
+    phone: Path, monkeypatch: pytest.MonkeyPatch, fault: str, words: str, options: list[str]
+) -> None:
+    monkeypatch.setenv("FAULT", fault)
+    assert words in one_line(run_phone(phone, *options))
+    assert not (phone / "phone.json").exists()
+    monkeypatch.delenv("FAULT")
+    assert run_phone(phone, *options).returncode == 0, "and the next run mends it"
+
+
+@pytest.mark.parametrize(
+    ("states", "words"),
+    [("none", "USB debugging"), ("unauthorized", "answer its question"), ("device device", "SERIAL=R58N"), ("offline", "is offline")],
+)  # fmt: skip
+def test_no_device_says_how_to_get_there(
+    phone: Path, monkeypatch: pytest.MonkeyPatch, states: str, words: str
+) -> None:
+    monkeypatch.setenv("STATE", states)
+    assert words in one_line(run_phone(phone, "--look"))
+
+
+def test_serial_number_names_one_of_two(phone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STATE", "device device")
+    assert run_phone(phone, "--serial", "R58N1").returncode == 0
+    assert "-s R58N1 shell" in (phone / "device/calls").read_text()
+
+
+def test_no_adb_says_how_to_get_there(phone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (phone / "bin/adb").unlink()
+    monkeypatch.setenv("PATH", str(phone / "bin"))
+    assert "make phone HOST=" in one_line(run_phone(phone, "--look"))
+
+
+def test_silent_device_is_not_waited_for(phone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAULT", "silent")
+    monkeypatch.setattr(devices, "ANSWER_SECONDS", 1)
+    device = devices.Device("R58N", ("adb", "-s", "R58N", "shell"), "/data/local/tmp/pockettune")
+    with pytest.raises(UserError, match="gave no answer to uname in 1 s"):
+        device.run("uname -m", seconds=devices.ANSWER_SECONDS)
+
+
+def test_host_is_no_option_of_ssh(phone: Path) -> None:
+    assert "not user@host" in one_line(run_phone(phone, "--host=-oProxyCommand=true"))
+    assert not (phone / "device/calls").exists()
+
+
+# ---- the program itself
+
+
+def test_what_is_not_told_stays_unknown() -> None:
+    told = printed(make_rows())
+    told["rounds"][1]["prompt"]["joules_a_token"] = None
+    medians = summarize(json.dumps(told))["median"]
+    assert medians["prompt_joules_a_token"] is None and medians["generation_joules_a_token"] == 0.1
+    with pytest.raises(UserError, match="before its last word"):
+        summarize('{"rows": [')
+    told["rows"][0]["labels"][LABELS[0]] = None
+    with pytest.raises(UserError, match="no number"):
+        compare(make_rows(), told["rows"])
+
+
+@pytest.fixture(scope="module")
+def score(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """score.cpp for this machine, with llama-cpp-python's own library."""
+    compiler, library = shutil.which("c++"), Path(llama_cpp.__file__).parent / "lib"
+    if compiler is None or not ARCHIVE.exists() or not list(library.glob("libllama.so")):
+        pytest.skip("needs a C++ compiler, the source release and llama-cpp-python's library")
+    folder = tmp_path_factory.mktemp("score")
+    root = f"{ARCHIVE.name.removesuffix('.tar.gz')}/vendor/llama.cpp/"
+    wanted = (f"{root}include/", f"{root}ggml/include/")
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(folder, [m for m in archive if m.name.startswith(wanted)], filter="data")
+    include = [f"-I{folder / root / name}" for name in ("include", "ggml/include")]
+    built = subprocess.run(
+        [compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", SOURCES / "score.cpp", *include, f"-L{library}",
+         "-lllama", "-lggml", "-lggml-base", f"-Wl,-rpath,{library}", "-pthread", "-o", folder / "score"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert built.returncode == 0, built.stderr[-3000:]
+    return folder / "score"
+
+
+def replay(command: list[str | Path], folder: Path) -> dict[str, Any]:
+    """Run a score program on a bundle, with one round."""
+    arguments = [folder / "model.gguf", folder / "conformance.jsonl", "1", "1", "0"]
+    result = subprocess.run([*command, *arguments], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    measured = summarize(result.stdout)
+    lines = (folder / "conformance.jsonl").read_text(encoding="utf-8").splitlines()
+    return {
+        **measured,
+        "found": measured["rows"],
+        **compare([json.loads(line) for line in lines], measured["rows"]),
+    }
+
+
+def test_score_computes_what_was_scored(score: Path, bundle: Path) -> None:  # noqa: F811
+    told = replay([score], bundle)
+    assert told["right"] + len(told["near"]) == told["rows"] == 50
+    assert told["largest_difference"] < 0.05, "the same library"
+    assert told["rounds"][0]["prompt"]["tokens"] == sum(
+        len(json.loads(line)["prompt_ids"]) for line in (bundle / "conformance.jsonl").open(encoding="utf-8")
+    )  # fmt: skip
+
+
+def test_labels_of_several_tokens_and_odd_texts(score: Path, bundle: Path, tmp_path: Path) -> None:  # noqa: F811
+    """A label's score is its tokens' sum, and no text is taken for the file's own words."""
+    first = json.loads((bundle / "conformance.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    ids = [label["ids"][0] for label in first["labels"].values()]
+    labels = {
+        'a\\"b": {"ids": [1]': {"ids": ids, "log_probability": -1.0},
+        LABELS[1]: {"ids": ids[:1], "log_probability": -0.5},
+    }
+    odd = first | {
+        "message": '"prompt_ids": [9], "answer": "x"',
+        "labels": labels,
+        "answer": LABELS[1],
+    }
+    longer = odd | {"prompt_ids": [*first["prompt_ids"], ids[0]],
+                    "labels": {"next": {"ids": ids[1:2], "log_probability": -1.0}}, "answer": "next"}  # fmt: skip
+    shutil.copyfile(bundle / "model.gguf", tmp_path / "model.gguf")
+    lines = [json.dumps(row, ensure_ascii=False) for row in (odd, longer)]
+    (tmp_path / "conformance.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (several, one), (then,) = (list(row["labels"].values()) for row in replay([score], tmp_path)["found"])  # fmt: skip
+    assert several == pytest.approx(one + then, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [("", "no rows"), ('{"id": "a"}\n', "without prompt_ids"),
+     ('{"id": "a", "prompt_ids": [99999999], "labels": {"x": {"ids": [1], "log_probability": -1}}, "answer": "x"}\n', "another model"),
+     ('{"id": "a", "prompt_ids": [x], "labels": {}}\n', "not numbers")],
+)  # fmt: skip
+def test_wrong_rows_are_one_line(
+    score: Path, bundle: Path, tmp_path: Path, rows: str, words: str  # noqa: F811
+) -> None:  # fmt: skip
+    (tmp_path / "rows").write_text(rows)
+    result = subprocess.run(
+        [score, bundle / "model.gguf", tmp_path / "rows"], capture_output=True, text=True
+    )
+    assert result.returncode == 2 and words in result.stderr and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "processor"),
+    [("armv8-a", "cortex-a53"), ("armv8-a", "max"), ("dotprod", "cortex-a76"), ("dotprod", "max"), ("i8mm", "max")],
+)  # fmt: skip
+def test_programs_score_under_emulation(name: str, processor: str, bundle: Path) -> None:  # noqa: F811
+    emulator = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
+    if emulator is None or not PROGRAMS.exists():
+        pytest.skip("needs qemu-aarch64 and resources/phone: snakemake build_phone")
+    told = replay([emulator, "-cpu", processor, PROGRAMS / f"score-{name}"], bundle)
+    assert told["right"] + len(told["near"]) == told["rows"]
+    assert told["largest_difference"] < 0.1
+    assert (told["repacked_mib"] > 0) == (name != "armv8-a")
