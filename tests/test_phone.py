@@ -17,7 +17,6 @@ from pockettune.common.errors import UserError
 from pockettune.phone import devices
 from pockettune.phone.results import compare, summarize
 from pockettune.phone.selection import choose_program
-from test_bundle import bundle  # noqa: F401  # a fixture
 
 SOURCES = ROOT / "scripts/pockettune/phone"
 PROGRAMS = ROOT / "resources/phone"
@@ -237,7 +236,7 @@ def score(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def replay(command: list[str | Path], folder: Path) -> dict[str, Any]:
     """Run a score program on a bundle, with one round."""
-    arguments = [folder / "model.gguf", folder / "conformance.jsonl", "1", "1", "0"]
+    arguments = [str(folder / "model.gguf"), str(folder / "conformance.jsonl"), "1", "1", "0"]
     result = subprocess.run([*command, *arguments], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     measured = summarize(result.stdout)
@@ -249,7 +248,7 @@ def replay(command: list[str | Path], folder: Path) -> dict[str, Any]:
     }
 
 
-def test_score_computes_what_was_scored(score: Path, bundle: Path) -> None:  # noqa: F811
+def test_score_computes_what_was_scored(score: Path, bundle: Path) -> None:
     told = replay([score], bundle)
     assert told["right"] + len(told["near"]) == told["rows"] == 50
     assert told["largest_difference"] < 0.05, "the same library"
@@ -258,7 +257,7 @@ def test_score_computes_what_was_scored(score: Path, bundle: Path) -> None:  # n
     )  # fmt: skip
 
 
-def test_labels_of_several_tokens_and_odd_texts(score: Path, bundle: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_labels_of_several_tokens_and_odd_texts(score: Path, bundle: Path, tmp_path: Path) -> None:
     """A label's score is its tokens' sum, and no text is taken for the file's own words."""
     first = json.loads((bundle / "conformance.jsonl").read_text(encoding="utf-8").splitlines()[0])
     ids = [label["ids"][0] for label in first["labels"].values()]
@@ -287,7 +286,7 @@ def test_labels_of_several_tokens_and_odd_texts(score: Path, bundle: Path, tmp_p
      ('{"id": "a", "prompt_ids": [x], "labels": {}}\n', "not numbers")],
 )  # fmt: skip
 def test_wrong_rows_are_one_line(
-    score: Path, bundle: Path, tmp_path: Path, rows: str, words: str  # noqa: F811
+    score: Path, bundle: Path, tmp_path: Path, rows: str, words: str
 ) -> None:  # fmt: skip
     (tmp_path / "rows").write_text(rows)
     result = subprocess.run(
@@ -300,7 +299,7 @@ def test_wrong_rows_are_one_line(
     ("name", "processor"),
     [("armv8-a", "cortex-a53"), ("armv8-a", "max"), ("dotprod", "cortex-a76"), ("dotprod", "max"), ("i8mm", "max")],
 )  # fmt: skip
-def test_programs_score_under_emulation(name: str, processor: str, bundle: Path) -> None:  # noqa: F811
+def test_programs_score_under_emulation(name: str, processor: str, bundle: Path) -> None:
     emulator = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
     if emulator is None or not PROGRAMS.exists():
         pytest.skip("needs qemu-aarch64 and resources/phone: snakemake build_phone")
