@@ -228,7 +228,7 @@ def write_small_page() -> None:
         "Those files, against the F16 file with all tokens:", "",
         *describe_across(gemma, {"trimmed": trimmed}), "",
         *describe_importance({"trimmed": trimmed}), "",
-        "Two of them, and the F16 file, on all 2,200 rows:", "",
+        "The smallest of them on all 2,200 rows:", "",
         *describe_ladder(RESULTS / "small/gemma-all-rows"), "",
         "## A base of 12.6 M parameters, 3,200 rows of ChnSentiCorp", "",
         *describe_ladder(reviews), "",
