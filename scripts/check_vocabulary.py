@@ -17,7 +17,7 @@ from typing import Any
 from pockettune.common import program
 from pockettune.data.prompts import Examples
 from pockettune.models.trimming import refuse_other_tensors, trim_files
-from trim_vocabulary import check_tokens, choose, read_own
+from trim_vocabulary import check_tokens, choose, read_own, read_tokenizer
 
 TRIAL = ".vocabulary_check."
 
@@ -28,13 +28,14 @@ def check_vocabulary(
     """Write `output` where nothing is in the way; UserError says what is."""
     refuse_other_tensors(base)
     texts = read_own(settings, train)
-    kept, reasons = choose(settings, base, tokens, texts)
+    whole = read_tokenizer(base)
+    kept, reasons = choose(settings, base, whole, tokens, texts)
     for left in output.parent.glob(f"{TRIAL}*"):  # by a run that was killed
         program.remove(left)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=TRIAL) as name:
         folder = Path(name)
         trim_files(base, kept, folder)
-        check_tokens(base, folder, kept, texts, Examples(tokens / "train.arrow"))
+        check_tokens(whole, folder, kept, texts, Examples(tokens / "train.arrow"))
     program.write_json(output, {"kept": len(kept), "reasons": reasons})
 
 

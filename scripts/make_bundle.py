@@ -18,11 +18,11 @@ from typing import Any
 import pandas as pd
 
 from pockettune.common import program
-from pockettune.common.checksums import sha256
+from pockettune.common.checksums import list_checksums
 from pockettune.common.errors import UserError
 from pockettune.common.pages import render_page
 from pockettune.data.prompts import Examples, take_evenly
-from pockettune.data.records import read_records
+from pockettune.data.records import read_records, write_records
 from pockettune.data.serving import (
     context_tokens,
     describe_task,
@@ -71,7 +71,7 @@ def make_bundle(a: argparse.Namespace) -> None:
             "file": name,
         }
         program.write_json(folder / "task.json", told)
-        write_lines(folder / "conformance.jsonl", rows)
+        write_records(folder / "conformance.jsonl", rows)
         words = answers["words"]
         texts = {
             "Modelfile": write_modelfile(MODEL, sent(frame, told), bos, stop, max_tokens, context),
@@ -83,7 +83,7 @@ def make_bundle(a: argparse.Namespace) -> None:
         }
         for file, text in texts.items():
             (folder / file).write_text(text, encoding="utf-8")
-        write_checksums(folder)
+        (folder / "SHA256SUMS").write_text(list_checksums(folder), encoding="utf-8")
     program.logger.info("%s: %s and %d rows to try a server with", a.output, a.gguf.name, len(rows))
 
 
@@ -164,18 +164,6 @@ def describe_trust(stage: Mapping[str, Any]) -> dict[str, Any]:
         "threshold": None,
         "coverage": fitted["coverage"],
     }
-
-
-def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a line of JSON for each row."""
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    path.write_text("".join(lines), encoding="utf-8")
-
-
-def write_checksums(folder: Path) -> None:
-    """Write SHA256SUMS of all that lies in a folder, as sha256sum -c reads it."""
-    lines = [f"{sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
-    (folder / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")
 
 
 def main() -> None:

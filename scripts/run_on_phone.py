@@ -10,12 +10,11 @@ Output  answers, rates (prompt and generation), memory, temperature, the battery
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from pockettune.common import program
-from pockettune.common.checksums import sha256
 from pockettune.common.errors import UserError
+from pockettune.data.records import read_records
 from pockettune.phone.devices import Device, find_device
 from pockettune.phone.results import compare, describe, summarize
 from pockettune.phone.selection import choose_program
@@ -32,17 +31,15 @@ def run_on_phone(
     if missing := [str(path) for path in files if not path.is_file()]:
         raise UserError(f"{', '.join(missing)}: not there; make phone builds them")
     device.run(f"mkdir -p {device.folder}")
-    for path in files:
-        device.put(path, path.name)
+    sent = {path.name: device.put(path, path.name) for path in files}
     program.logger.info("running score-%s on %s", name, device.name)
     arguments = " ".join([*FILES, *map(str, options)])
     command = f"cd {device.folder} && chmod 755 score-{name} && ./score-{name} {arguments}"
     measured = summarize(device.run(command, seconds=None))
-    lines = (bundle / "conformance.jsonl").read_text(encoding="utf-8").splitlines()
-    comparison = compare([json.loads(line) for line in lines], measured["rows"])
+    comparison = compare(list(read_records(files[-1])), measured["rows"])
     result = {
         "device": {"name": device.name, "model": _model(device), "program": name},
-        "model": {"sha256": sha256(bundle / "model.gguf")},
+        "model": {"sha256": sent["model.gguf"]},
         "comparison": comparison,
         **{key: value for key, value in measured.items() if key != "rows"},
     }

@@ -47,13 +47,14 @@ def trim_vocabulary(
     """Write the folder `output` and, as `told`, what was kept and what it does to texts."""
     texts = {split: read_own(settings, path) for split, path in records.items()}
     examples = Examples(tokens / "train.arrow")
-    kept, reasons = choose(settings, model, tokens, texts["train"])
+    whole = read_tokenizer(model)
+    kept, reasons = choose(settings, model, whole, tokens, texts["train"])
     with program.staged(output, trimmed_bytes(model, kept)) as partial:
         partial.mkdir()
         trim_files(model, kept, partial)
-        check_tokens(model, partial, kept, texts["train"], examples)
+        check_tokens(whole, partial, kept, texts["train"], examples)
         trim_weights(model, kept, partial)
-    lengths = count_tokens(read_tokenizer(model), read_tokenizer(output), texts | OTHER_TEXTS)
+    lengths = count_tokens(whole, read_tokenizer(output), texts | OTHER_TEXTS)
     program.write_json(told, {"kept": kept, "of": embedding_rows(model), "reasons": reasons,
                               "texts": len(texts["train"]) + len(examples), "tokens_a_text": lengths})  # fmt: skip
     for name, mean in lengths.items():
@@ -67,14 +68,21 @@ def read_own(settings: Mapping[str, Any], path: Path) -> list[str]:
 
 
 def choose(
-    settings: Mapping[str, Any], model: Path, tokens: Path, texts: Sequence[str]
+    settings: Mapping[str, Any],
+    model: Path,
+    whole: Tokenizer,
+    tokens: Path,
+    texts: Sequence[str],
 ) -> tuple[list[int], dict[str, int]]:
-    """Return the ids to keep, ascending, and how many each reason added; `texts` are those of train."""
+    """Return the ids to keep, ascending, and how many each reason added.
+
+    `whole` is the model's tokenizer, `texts` are those of train.
+    """
     answers = program.read_json(tokens / "answers.json")
     warn_of_long_answers(answers)
     vocabulary = Vocabulary(program.read_json(model / "tokenizer.json"), model.name)
     examples = Examples(tokens / "train.arrow")
-    emitted = emitted_ids(read_tokenizer(model), texts, examples, answers)
+    emitted = emitted_ids(whole, texts, examples, answers)
     rows, wanted = embedding_rows(model), settings["vocabulary"]
     kept, reasons = choose_tokens(
         vocabulary, emitted, wanted, rows, read_names(model), special_ids(model)
@@ -84,17 +92,17 @@ def choose(
 
 
 def check_tokens(
-    model: Path,
+    whole: Tokenizer,
     trimmed: Path,
     kept: Sequence[int],
     texts: Sequence[str],
     examples: Sequence[Example],
 ) -> None:
     """Raise UserError where train is read otherwise in the trimmed folder, or a hard text is lost."""
-    before, after = read_tokenizer(model), read_tokenizer(trimmed)
-    check_texts(before, after, kept, texts)
+    after = read_tokenizer(trimmed)
+    check_texts(whole, after, kept, texts)
     check_prompts(load_tokenizer(trimmed), kept, examples)
-    check_round_trip(before, after)
+    check_round_trip(whole, after)
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:

@@ -46,12 +46,11 @@ def gather(arguments: argparse.Namespace, words: Words = english) -> dict[str, A
     # Without the section none was chosen; which file beats which is told all the same.
     if settings["choose"] is None:
         choice["chosen"] = None
-    smallest = next(name for name in choice["files"] if name != "f16")
     intervals = {name: stages[name]["interval"] for name in choice["files"]}
     return {
         "title": settings["report"]["title"],
         "language": settings["report"]["language"],
-        "file": choice["chosen"] or smallest,
+        "file": shown_file(choice),
         "verdict": write_verdict(stages, training, audit, choice, words),
         "stages": stages,
         "split": settings["evaluate"]["split"],
@@ -75,6 +74,11 @@ def gather(arguments: argparse.Namespace, words: Words = english) -> dict[str, A
         "config": settings,
         "settings": json.dumps(settings, ensure_ascii=False, indent=2),
     }
+
+
+def shown_file(choice: Mapping[str, Any]) -> str:
+    """Return the name of the chosen file, or of the smallest."""
+    return choice["chosen"] or next(name for name in choice["files"] if name != "f16")
 
 
 def without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,7 +131,7 @@ def write_verdict(
     Then what the chosen file weighs, or else the smallest, and what it lost against the 16-bit one.
     """
     chosen = choice["chosen"]
-    name = chosen or next(name for name in choice["files"] if name != "f16")
+    name = shown_file(choice)
     small, full = stages[name], stages["f16"]
     rows = audit["splits"]["train"]["rows"]
     told = {

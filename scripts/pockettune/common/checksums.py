@@ -14,3 +14,9 @@ def git_blob_id(path: Path) -> str:
     """Return the id that git gives a file: all that a hub tells of one too small for Git LFS."""
     content = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def list_checksums(folder: Path) -> str:
+    """Return the checksums of all files below a folder, as sha256sum -c reads them inside it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return "".join(f"{sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files)

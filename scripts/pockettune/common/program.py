@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from pockettune.common import disk
-from pockettune.common.checksums import sha256
+from pockettune.common.checksums import list_checksums
 from pockettune.common.errors import UserError
 from pockettune.common.redaction import RedactingFormatter
 
@@ -162,10 +162,8 @@ def write_manifest(folder: Path) -> None:
 
     It is what the rules compare, so that a folder with the same content is the same.
     """
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    lines = [f"{sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
     with staged(folder.with_name(f"{folder.name}.sha256")) as partial:
-        partial.write_text("".join(lines), encoding="utf-8")
+        partial.write_text(list_checksums(folder), encoding="utf-8")
 
 
 def remove(path: Path) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from pockettune.data.task_template import Frame
+from pockettune.data.task_template import ESCAPES, Frame, quote
 
 # Whole blocks, with room for texts twice as long as the longest that were trained.
 CONTEXT_BLOCK = 256
@@ -42,8 +42,7 @@ def write_modelfile(model: str, frame: Frame, bos: str, stop: str, max_tokens: i
 
 def go_string(text: str) -> str:
     """Return a text as a string of Go; what Ollama's parser would drop as unprintable is escaped."""
-    written = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t"}
-    return '"' + "".join(written.get(c) or escape(c) for c in text) + '"'
+    return '"' + "".join(ESCAPES.get(c) or escape(c) for c in text) + '"'
 
 
 def escape(character: str) -> str:
@@ -54,14 +53,11 @@ def escape(character: str) -> str:
 
 
 def write_grammar(words: Sequence[str]) -> str:
-    """Return a grammar in llama.cpp's GBNF by which nothing but an allowed answer can be said."""
-    return "root ::= " + " | ".join(quote_gbnf(word) for word in words) + "\n"
+    """Return a grammar in llama.cpp's GBNF by which nothing but an allowed answer can be said.
 
-
-def quote_gbnf(text: str) -> str:
-    """Return a text as a string of GBNF, whose escapes are those of grammars/README.md at 0c1e570."""
-    written = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t"}
-    return '"' + "".join(written.get(c, c) for c in text) + '"'
+    Its escapes are Jinja's (grammars/README.md at 0c1e570).
+    """
+    return "root ::= " + " | ".join(map(quote, words)) + "\n"
 
 
 def write_preset(model: str, max_tokens: int, context: int) -> str:

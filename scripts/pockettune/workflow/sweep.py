@@ -113,9 +113,10 @@ def expand(
 def check_inputs(config: Config) -> None:
     """Raise UserError where a valid config names files, or a teacher, that are not here."""
     check_files(local_files(config))
-    teacher = config["train"]["teacher"]
-    if teacher and teacher["weight"] and not config["train"]["adapter"]:
-        find_teacher(teacher["path"], config["pathvars"]["results"])
+    used = copy.deepcopy(config)
+    drop_idle(used)
+    if teacher := used["train"].get("teacher"):
+        find_teacher(teacher["path"], used["pathvars"]["results"])
 
 
 def lay_over(run: Config, changed: Mapping[str, Any]) -> Config:
