@@ -104,6 +104,8 @@ def drop_idle(config: Config) -> None:
         train["batch_size"] = None
     if train["eval_every"] is None:
         train.update(eval_limit=None, metric=None, patience=None)
+    if not config["task"].get("labels"):  # text is validated by reading it
+        train["metric"] = None
     if train["teacher"] and train["teacher"]["weight"] == 0:
         train["teacher"] = None
     if config["vocabulary"]["keep"] == "full":
