@@ -23,6 +23,8 @@ from pockettune.sources.splits import SPLITS, read_repository
 from pockettune.tasks import Record, Task, load_task
 from pockettune.tasks.classification import as_key
 
+COMMONEST = 10  # answers of text that the audit shows
+
 
 def fetch_dataset(
     dataset: Mapping[str, Any], task_settings: Mapping[str, Any], downloads: Path, output: Path
@@ -201,7 +203,7 @@ def audit_splits(
         lengths = np.array([len(text) for text in texts])
         facts: dict[str, Any] = {
             "rows": len(rows),
-            "answers": dict(sorted(Counter(map(task.answer, rows)).items())),
+            "answers": count_answers(rows, task),
             "characters": {
                 "mean": round(float(lengths.mean()), 1),
                 "median": int(np.median(lengths)),
@@ -222,6 +224,13 @@ def audit_splits(
         splits[split] = facts
     contradictory = sum(len(found) > 1 for found in answers.values())
     return {"splits": splits, "train_texts_with_several_answers": contradictory}
+
+
+def count_answers(rows: list[Record], task: Task) -> dict[str, int]:
+    """Return how many rows have each answer; of text the commonest."""
+    counts = Counter(map(task.answer, rows))
+    shown = counts.items() if task.constrain() else counts.most_common(COMMONEST)
+    return dict(sorted(shown))
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ class Generate(Protocol):
     """Generates greedily; with a grammar (GBNF) the likeliest token that it allows."""
 
     def __call__(
-        self, prompts: Sequence[Tokens], max_tokens: int, grammar: str | None = None
+        self, prompts: Sequence[Tokens], *, max_tokens: int, grammar: str | None = None
     ) -> Iterable[Generated]: ...
 
 
@@ -78,8 +78,8 @@ def generate_answers(
     """Return an answer a record; `questions` are the records by id, `places` the examples' by id."""
     examples = [example for group in records for example in group]
     prompts = [runtime.prompts[places[example.id]] for example in examples]
-    options = {"grammar": grammar} if grammar else {}
-    generated = iter(runtime.generate(prompts, task.max_answer_tokens + 1, **options))
+    options: dict[str, Any] = {"grammar": grammar} if grammar else {}
+    generated = iter(runtime.generate(prompts, max_tokens=task.max_answer_tokens + 1, **options))
     answers = []
     for group in records:
         found = [next(generated) for _ in group]
