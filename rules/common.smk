@@ -20,6 +20,7 @@ from pockettune.workflow.cluster import (
 from pockettune.workflow.config import (
     check_config,
     check_files,
+    check_text,
     drop_idle,
     is_gguf,
     local_files,
@@ -121,10 +122,11 @@ BUNDLED = config["bundle"]["file"]
 # Of whose predictions the bundle shows some: which file best.gguf is, stands in best.json.
 BUNDLE_CANDIDATES = VARIANTS if BUNDLED == "best" else [BUNDLED]
 with mistakes_in_one_line():
-    TASK = load_task(config["task"], config["dataset"])
+    TEXT = as_text_task(load_task(config["task"], config["dataset"])) is not None
+    if TEXT:
+        check_text(config)
 # Answers of text are generated. F16 itself stands beside the stages that are compared with it: its logits at
 # every token of the answers would fill the disk.
-TEXT = as_text_task(TASK) is not None
 KEPT_LOGITS = [] if TEXT else "<results>/logits/f16.npy"
 REFERENCE = "<results>/f16.gguf" if TEXT else KEPT_LOGITS
 # How many answers of a conversation are generated decides what PyTorch's rungs do too.

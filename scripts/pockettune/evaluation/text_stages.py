@@ -89,7 +89,12 @@ def generate_answers(
             task.parse(text, record) if one.ended else None
             for text, one in zip(texts, found, strict=True)
         ]
-        prediction = task.combine(parsed, [one.log_probability for one in found])
+        # What is scored by the reference answers shows a sample alone, its last turns.
+        prediction = (
+            parsed[-1]
+            if task.forced
+            else task.combine(parsed, [one.log_probability for one in found])
+        )
         ended = all(one.ended for one in found)
         answers.append(Answer(texts, [one.ids for one in found], ended, prediction))
     return answers

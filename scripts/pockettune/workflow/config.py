@@ -97,6 +97,22 @@ def check_files(paths: dict[str, str]) -> None:
         raise UserError(f"config: {list_faults(faults)}")
 
 
+def check_text(config: Config) -> None:
+    """Raise UserError naming the keys that count labels, of which a task of text has none."""
+    train = config["train"]
+    kept = config["model"]["keep_layers"]
+    faults = {
+        "train.teacher": train.get("teacher"),
+        "train.class_weights: balanced": train.get("class_weights") == "balanced",
+        "model.keep_layers.choose: auto": isinstance(kept, dict),
+    }
+    if found := [key for key, given in faults.items() if given]:
+        raise UserError(
+            f"config: {', '.join(found)} goes by the labels' probabilities, and task.type"
+            f" {config['task']['type']} answers with text; take it out"
+        )
+
+
 def drop_idle(config: Config) -> None:
     """Set to null, or drop, what another key makes idle, so that changing it is no reason to rerun."""
     model, dataset, train = config["model"], config["dataset"], config["train"]
