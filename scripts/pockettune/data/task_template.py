@@ -71,7 +71,7 @@ def stripped(text: str, strip: str) -> str:
 
 def find_frame(tokenizer: "PreTrainedTokenizerBase", task: Task) -> Frame:
     """Return what the prompts of all texts share, by a trial; UserError where they do not."""
-    *before, asked = task.prompt({"id": "(a trial)", task.text_field: PROBE})
+    *before, asked = task.prompt({**task.trial(), task.text_field: PROBE})
 
     def rendered(content: str) -> str:
         messages = [*before, {"role": "user", "content": content}]
