@@ -41,7 +41,7 @@ class Answer:
         self.question_column = columns["question_column"]
         self.label_column = columns["label_column"]
         self.columns = [self.text_column, self.question_column, self.label_column]
-        self.optional_columns: list[str] = []
+        self.optional_columns: Sequence[str] = ()
 
     def settle(self, tables: Sequence["pd.DataFrame"]) -> None:
         """Each row says by itself how its answers are written."""

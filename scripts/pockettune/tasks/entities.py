@@ -39,7 +39,7 @@ class Entities:
         self.text_column = columns["text_column"]
         self.label_column = columns["label_column"]
         self.columns = [self.text_column, self.label_column]
-        self.optional_columns: list[str] = []
+        self.optional_columns: Sequence[str] = ()
 
     def settle(self, tables: Sequence["pd.DataFrame"]) -> None:
         """Each row says by itself how it is labelled."""
