@@ -27,11 +27,17 @@ def tags_of(text: str) -> list[str]:
 
 def write_tags(folder: Path) -> None:
     """Give a checkout the task and a run of it: whether a review praises, blames, or both."""
-    shutil.copyfile(Path(__file__).with_name("tags.py"), folder / "scripts/pockettune/tasks/tags.py")
+    shutil.copyfile(
+        Path(__file__).with_name("tags.py"), folder / "scripts/pockettune/tasks/tags.py"
+    )
     tasks = folder / "scripts/pockettune/tasks/__init__.py"
     text = tasks.read_text().replace(LINE, LINE + ', "tags": Tags')
     assert '"tags": Tags' in text
-    tasks.write_text(text.replace("\nif TYPE_CHECKING", "from pockettune.tasks.tags import Tags\n\nif TYPE_CHECKING", 1))
+    tasks.write_text(
+        text.replace(
+            "\nif TYPE_CHECKING", "from pockettune.tasks.tags import Tags\n\nif TYPE_CHECKING", 1
+        )
+    )
     files = {}
     for seed, (split, rows) in enumerate({"train": 500, "validation": 30, "test": 80}.items()):
         texts, _ = reviews(rows, seed)
@@ -68,9 +74,14 @@ def test_task_of_one_file_goes_the_whole_way(text_run: Path) -> None:
     assert stages["base"]["n"] == 20 and stages["f16"]["n"] == 80
     assert stages["base"]["score"] < 0.88 < 0.9 < stages["f16"]["score"]
     for name in ("adapter", "merged", "f16", "q8_0"):
-        assert stages[name]["reading"]["token_accuracy"] > stages["base"]["reading"]["token_accuracy"]
+        assert (
+            stages[name]["reading"]["token_accuracy"] > stages["base"]["reading"]["token_accuracy"]
+        )
         assert stages[name]["generated"]["ended"] == stages[name]["n"], name
-    assert stages["q8_0"]["reading"]["kl_vocabulary"]["mean"] < stages["q4_k_m"]["reading"]["kl_vocabulary"]["mean"]
+    assert (
+        stages["q8_0"]["reading"]["kl_vocabulary"]["mean"]
+        < stages["q4_k_m"]["reading"]["kl_vocabulary"]["mean"]
+    )
     assert stages["merged"]["reading"]["kl_vocabulary"]["mean"] < 1e-3
     assert stages["f16"]["constrained"]["understood"] == stages["f16"]["constrained"]["rows"] == 20
     assert stages["q8_0"]["parting"]["rows"] == 80

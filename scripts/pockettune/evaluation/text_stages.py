@@ -121,9 +121,7 @@ def score_text(
     readings = {example.id: reading for example, reading in zip(examples, read, strict=True)}
     chosen = take_evenly(records, free_rows or 0) if task.forced else records
     answers = generate_answers(task, runtime, chosen, questions, places)
-    by_record = {
-        group[0].record: answer for group, answer in zip(chosen, answers, strict=True)
-    }
+    by_record = {group[0].record: answer for group, answer in zip(chosen, answers, strict=True)}
     facts: dict[str, Any] = {
         "reading": describe_all(read),
         "generated": {
@@ -185,7 +183,9 @@ def describe_all(read: Sequence[Reading]) -> dict[str, Any]:
     compared = [r for r in read if r.divergence is not None]
     if compared:
         divergence = np.concatenate([r.divergence for r in compared if r.divergence is not None])
-        equal = np.concatenate([r.likeliest_equal for r in compared if r.likeliest_equal is not None])
+        equal = np.concatenate(
+            [r.likeliest_equal for r in compared if r.likeliest_equal is not None]
+        )
         told["kl_vocabulary"] = describe_divergence(divergence)
         told["likeliest_equal"] = float(equal.mean())
     return told

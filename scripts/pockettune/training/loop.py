@@ -99,7 +99,9 @@ class TextValidator:
         """Return the share of the answers' tokens that were the likeliest, and "loss", minus the mean
         log probability of a token; no answers' scores."""
         with without_dropout(model), hardware.autocast():
-            read = list(read_answers(partial(packing.logits_at, model), self.examples, "validation"))
+            read = list(
+                read_answers(partial(packing.logits_at, model), self.examples, "validation")
+            )
         return describe_reading(read), None
 
 

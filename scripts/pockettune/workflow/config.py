@@ -41,6 +41,17 @@ NEED_IMPORTANCE = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3
 UNUSABLE = re.compile(r"[{}<>\x00-\x1f\x7f\ud800-\udfff]|^-")
 
 
+# What each task takes of section task besides system, prompt and template_options, with the value of a
+# key that is left out; of dataset, question_column goes with answer. None must be given.
+TASK_KEYS: dict[str, dict[str, Any]] = {
+    "classification": {"labels": None},
+    "entities": {"types": None, "no_answer": None, "max_answer_tokens": 64},
+    "answer": {"no_answer": "", "count": "characters", "stride": 128, "max_answer_tokens": 64},
+    "chat": {"max_answer_tokens": 256},
+}
+PLACES = {"classification": ["{text}"], "entities": ["{text}"], "answer": ["{text}", "{question}"]}
+
+
 def check_config(config: Config, schema: dict[str, Any]) -> None:
     """Raise UserError naming every fault of `config`; first mend what YAML and merging leave.
 
