@@ -15,7 +15,7 @@ from pockettune.tasks import load_task
 from pockettune.training.loop import AnswerWeights, batch_loss
 from test_chat import ASK, CHATML, GEMMA_2, IM, LLAMA_3_2, QWEN_3, make_folder
 
-COLUMNS = {"text_column": "messages", "label_column": None}
+COLUMNS: dict[str, Any] = {"text_column": "messages", "label_column": None}
 SETTINGS = {"type": "chat", "system": "", "prompt": "{text}", "labels": {}, "template_options": {},
             "max_answer_tokens": 40}  # fmt: skip
 TALK = [

@@ -243,8 +243,8 @@ def cut_batch(batch: Sequence[Example], settings: Settings, device: str) -> Iter
     rows, tokens = _pass_limits(settings)
     limit = min(tokens, packing.TOKENS_A_PASS[device])
 
-    def weigh(example: Example) -> float:
-        return max(len(example.ids()), len(example.learned()) * limit / packing.ROWS_A_PASS)
+    def weigh(example: Example) -> int:
+        return max(len(example.ids()), int(len(example.learned()) * limit / packing.ROWS_A_PASS))
 
     return group_by_tokens(batch, limit, weigh, rows)
 
