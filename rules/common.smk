@@ -20,6 +20,7 @@ from pockettune.workflow.cluster import (
 from pockettune.workflow.config import (
     check_config,
     check_files,
+    check_text,
     drop_idle,
     is_gguf,
     local_files,
@@ -34,6 +35,7 @@ from pockettune.workflow.pins import (
 from pockettune.common.errors import UserError
 from pockettune.machine.estimate import request
 from pockettune.machine.run import Run
+from pockettune.tasks import as_text_task, load_task
 from pockettune.workflow.imports import imported_files
 from pockettune.workflow.teacher import deciding_files, find_teacher, weight_bytes
 
@@ -119,8 +121,20 @@ CHOICE = [] if config["choose"] is None else "<results>/best.gguf"
 BUNDLED = config["bundle"]["file"]
 # Of whose predictions the bundle shows some: which file best.gguf is, stands in best.json.
 BUNDLE_CANDIDATES = VARIANTS if BUNDLED == "best" else [BUNDLED]
+with mistakes_in_one_line():
+    TEXT = as_text_task(load_task(config["task"], config["dataset"])) is not None
+    if TEXT:
+        check_text(config)
+# Answers of text are generated. F16 itself stands beside the stages that are compared with it: its logits at
+# every token of the answers would fill the disk.
+KEPT_LOGITS = [] if TEXT else "<results>/logits/f16.npy"
+REFERENCE = "<results>/f16.gguf" if TEXT else KEPT_LOGITS
+# How many answers of a conversation are generated decides what PyTorch's rungs do too.
+SAMPLED = ["greedy_rows"] if TEXT else []
+RECORDS = f"<results>/dataset/{config['evaluate']['split']}.jsonl" if TEXT else []
 STAGES = [
-    *["tfidf", "base", "adapter", "merged"],
+    *([] if TEXT else ["tfidf"]),  # it counts characters to choose a label
+    *["base", "adapter", "merged"],
     *(["trimmed"] if TRIM else []),
     *["f16", *VARIANTS],
 ]
@@ -161,11 +175,10 @@ def layers_to_keep(wildcards):
 
 def dataset_settings(wildcards):
     """Return what decides the records: the dataset and the labels, but not the prompt."""
-    task = {key: config["task"][key] for key in ("type", "labels")}
-    chosen = {
-        "dataset": config["dataset"],
-        "task": {**task, "system": "", "prompt": "{text}", "template_options": {}},
-    }
+    asked = {"system": "", "prompt": "{text}", "template_options": {}}
+    if TEXT:
+        asked["max_answer_tokens"] = 1
+    chosen = {"dataset": config["dataset"], "task": config["task"] | asked}
     return json.dumps(chosen, sort_keys=True, ensure_ascii=False)
 
 

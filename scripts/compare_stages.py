@@ -13,6 +13,7 @@ Output  metrics.json: {"stages": {stage: {n, accuracy, macro_f1, unseen, size_by
 
 import argparse
 import json
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import pandas as pd
 from pockettune.common import program
 from pockettune.common.errors import UserError
 from pockettune.data.records import read_records
+from pockettune.evaluation.bootstrap import compare_counts, metric_interval
 from pockettune.evaluation.calibration import confidence
 from pockettune.evaluation.intervals import compare_paired, wilson_interval
 from pockettune.evaluation.observers import describe_divergence
@@ -32,7 +34,7 @@ from pockettune.evaluation.statistics import (
     normalise,
 )
 from pockettune.evaluation.verdict import judge, say
-from pockettune.tasks import load_task
+from pockettune.tasks import Record, Task, TextTask, as_text_task, load_task
 
 BASELINE, REFERENCE = "tfidf", "f16"
 REMEDY = "remove predictions/ and run again, so that all are scored anew"
@@ -43,8 +45,12 @@ def compare_stages(
     predictions: dict[str, pd.DataFrame],
     margin: float,
     training: dict[str, Any],
+    task: TextTask | None = None,
 ) -> dict[str, Any]:
-    """Return the stages' metrics under their names, each paired with the stages it stems from."""
+    """Return the stages' metrics under their names, each paired with the stages it stems from.
+
+    `task` is given where its answers are text.
+    """
     stages = {}
     names = list(predictions)
     for place, name in enumerate(names):
@@ -52,23 +58,23 @@ def compare_stages(
         after_reference = REFERENCE in names and place > names.index(REFERENCE)
         before = REFERENCE if after_reference else names[max(place - 1, 0)]
         table, entry = predictions[name], {**metrics[name]}
-        entry["interval"] = wilson_interval(int(is_right(table).sum()), len(table))
-        entry["calibration_error"] = calibration_error(
-            confidence(label_scores(table), 1.0), is_right(table)
-        )
+        entry["score"] = entry[entry["metric"]]
+        entry |= describe_text(task, table) if task else describe_labels(table)
         if greedy := entry.get("greedy"):
             interval = wilson_interval(greedy["right"], greedy["rows"])
             entry["greedy"] = {
                 **greedy, "accuracy": greedy["right"] / greedy["rows"], "interval": interval,
             }  # fmt: skip
         if before not in (name, BASELINE):
-            entry["against_before"] = {"stage": before, **pair(predictions[before], table)}
+            entry["against_before"] = {"stage": before, **pair(predictions[before], table, task)}
         for key, other in (("against_f16", REFERENCE), ("against_tfidf", BASELINE)):
             if other in predictions and other != name:
-                entry[key] = pair(predictions[other], table)
+                entry[key] = pair(predictions[other], table, task)
         if paired := entry.get("against_f16"):
-            entry["verdict"] = judge(paired["lost"], paired["gained"], paired["n"], margin)
-        if REFERENCE in predictions and name not in (REFERENCE, BASELINE):
+            entry["verdict"] = judge(paired, margin)
+        if task and REFERENCE in predictions and name != REFERENCE:
+            entry["parting"] = find_partings(*common_rows(predictions[REFERENCE], table))
+        elif REFERENCE in predictions and name not in (REFERENCE, BASELINE):
             reference, scored = common_rows(predictions[REFERENCE], table)
             divergence = kl_divergence(label_probabilities(reference), label_probabilities(scored))
             entry["kl_labels"] = describe_divergence(divergence)
@@ -76,6 +82,52 @@ def compare_stages(
             entry["at_temperature"] = calibrate(table, training)
         stages[name] = entry
     return {"stages": stages}
+
+
+def describe_labels(table: pd.DataFrame) -> dict[str, Any]:
+    """Return the interval of the accuracy, and the calibration error."""
+    sure = confidence(label_scores(table), 1.0)
+    return {
+        "interval": wilson_interval(int(is_right(table).sum()), len(table)),
+        "calibration_error": calibration_error(sure, is_right(table)),
+    }
+
+
+def describe_text(task: TextTask, table: pd.DataFrame) -> dict[str, Any]:
+    """Return the interval of the task's metric."""
+    return {"interval": metric_interval(count_rows(table), task.measure)}
+
+
+def find_partings(f16: pd.DataFrame, table: pd.DataFrame) -> dict[str, Any]:
+    """Return how many of the answers that both generated are F16's to the end, token by token.
+
+    "first_token": where the others part, the median of the places, from 1.
+    """
+    pairs = [
+        (json.loads(before), json.loads(after))
+        for before, after in zip(f16["answer_ids"], table["answer_ids"], strict=True)
+        if isinstance(before, str) and isinstance(after, str)
+    ]
+    places = [place for before, after in pairs if (place := parting_place(before, after))]
+    return {
+        "rows": len(pairs),
+        "equal": len(pairs) - len(places),
+        "first_token": float(np.median(places)) if places else None,
+    }
+
+
+def parting_place(before: list[list[int]], after: list[list[int]]) -> int | None:
+    """Return the place of the first token, from 1, in which a record's answers differ; None where in none."""
+    for first, second in zip(before, after, strict=True):
+        for place, (a, b) in enumerate(zip_longest(first, second), start=1):
+            if a != b:
+                return place
+    return None
+
+
+def count_rows(table: pd.DataFrame) -> np.ndarray:
+    """Return what the task counts of each row: (rows, numbers)."""
+    return table[[column for column in table if str(column).startswith("count_")]].to_numpy()
 
 
 def calibrate(table: pd.DataFrame, training: dict[str, Any]) -> dict[str, Any]:
@@ -101,17 +153,32 @@ def check_rows(predictions: dict[str, pd.DataFrame], answers: dict[str, str]) ->
             )
 
 
-def pair(before: pd.DataFrame, after: pd.DataFrame) -> dict[str, Any]:
+def right_answer(task: Task, record: Record) -> str:
+    """Return a record's right answer as it stands in the predictions."""
+    if text := as_text_task(task):
+        return json.dumps(text.reference(record), ensure_ascii=False)
+    return task.answer(record)
+
+
+def pair(
+    before: pd.DataFrame, after: pd.DataFrame, task: TextTask | None = None
+) -> dict[str, Any]:
     """Compare two stages' answers to the same rows, and to those that do not stand in train."""
     before, after = common_rows(before, after)
     unseen = ~after["seen"].to_numpy()
+
+    def compare(rows: np.ndarray) -> dict[str, Any]:
+        if task:
+            return compare_counts(
+                count_rows(before)[rows], count_rows(after)[rows], task.measure
+            )
+        return compare_paired(is_right(before)[rows], is_right(after)[rows])
+
     return {
         "n": len(after),
         "flips": int((before["prediction"] != after["prediction"]).sum()),
-        **compare_paired(is_right(before), is_right(after)),
-        "unseen": compare_paired(is_right(before)[unseen], is_right(after)[unseen])
-        if unseen.any()
-        else None,
+        **compare(np.full(len(after), True)),
+        "unseen": compare(unseen) if unseen.any() else None,
     }
 
 
@@ -154,14 +221,16 @@ def list_flips(
     f16 = predictions[REFERENCE]
     for name, table in list(predictions.items())[list(predictions).index(REFERENCE) + 1 :]:
         assert len(table) == len(f16), "files are all scored on the same rows"
-        changed = np.flatnonzero(f16["prediction"] != table["prediction"])
+        # Of text what was generated is shown; a row that was only read has none.
+        shown = "answer" if "answer" in table else "prediction"
+        changed = np.flatnonzero((f16[shown] != table[shown]) & table[shown].notna())
         flips[name] = [
             {
                 "id": table["id"][row],
                 "text": texts[table["id"][row]],
                 "reference": table["reference"][row],
-                "f16": f16["prediction"][row],
-                "now": table["prediction"][row],
+                "f16": f16[shown][row],
+                "now": table[shown][row],
             }
             for row in changed
         ]
@@ -202,10 +271,11 @@ def main() -> None:
         predictions = dict(zip(metrics, tables, strict=True))
         task = load_task(arguments.settings["task"], arguments.settings["dataset"])
         records = list(read_records(arguments.records))
-        check_rows(predictions, {record["id"]: task.answer(record) for record in records})
+        text = as_text_task(task)
+        check_rows(predictions, {r["id"]: right_answer(task, r) for r in records})
         training = program.read_json(arguments.adapter / "training.json")
         margin = arguments.settings["evaluate"]["margin"]
-        compared = compare_stages(metrics, predictions, margin, training)
+        compared = compare_stages(metrics, predictions, margin, training, text)
         with program.staged(arguments.csv) as partial:
             as_table(compared).to_csv(partial, index=False)
         texts = {record["id"]: record[task.text_field] for record in records}

@@ -46,7 +46,6 @@ def gather(arguments: argparse.Namespace, words: Words = english) -> dict[str, A
     # Without the section none was chosen; which file beats which is told all the same.
     if settings["choose"] is None:
         choice["chosen"] = None
-    intervals = {name: stages[name]["interval"] for name in choice["files"]}
     return {
         "title": settings["report"]["title"],
         "language": settings["report"]["language"],
@@ -56,7 +55,7 @@ def gather(arguments: argparse.Namespace, words: Words = english) -> dict[str, A
         "split": settings["evaluate"]["split"],
         "plots": {
             "ladder": plots.plot_ladder(stages, words),
-            "front": plots.plot_front(choice, intervals, words),
+            "front": plots.plot_front(choice, stages, words),
             "training": plots.plot_training(training, words),
         },
         "flips": program.read_json(arguments.flips),
@@ -172,7 +171,7 @@ def write_learned(
     aside = (
         words(
             " ({accuracy} of the {n} that do not stand in train)",
-            accuracy=percent(unseen["accuracy"]),
+            accuracy=percent(unseen[small["metric"]]),
             n=f"{unseen['n']:,}",
         )
         if 0 < unseen["n"] < small["n"]
@@ -186,12 +185,12 @@ def write_learned(
             "Having learned from {n} labelled rows, the model",
         )
     )  # fmt: skip
-    before = percent(base["accuracy"])
+    before = percent(base["score"])
     if base["n"] != small["n"]:
         before = words("{share} of {n}", share=before, n=f"{base['n']:,}")
     return words(
         "{learned} answers {share} of {n} rows rightly{aside}; before, it answered {before}.",
-        learned=learned, share=percent(small["accuracy"]), n=f"{small['n']:,}", aside=aside, before=before,
+        learned=learned, share=percent(small["score"]), n=f"{small['n']:,}", aside=aside, before=before,
     )  # fmt: skip
 
 
@@ -201,7 +200,7 @@ def write_worth(
     """Return whether the model is worth its weight, against counting characters."""
     told = words(
         "Counting characters (TF-IDF, no language model) reaches {share} with {rows}",
-        share=percent(baseline["accuracy"]),
+        share=percent(baseline["score"]),
         rows=say_count(rows, words, "{n} row", "{n} rows"),
     )
     low, high = paired["interval"]

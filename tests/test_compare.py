@@ -44,7 +44,7 @@ TABLES = {
     "q8": predictions("好好差差"),
 }
 METRICS: dict[str, dict[str, Any]] = {
-    name: {"n": 4, "accuracy": float((t["prediction"] == t["reference"]).mean()), "unseen": {"n": 4}}
+    name: {"n": 4, "metric": "accuracy", "accuracy": float((t["prediction"] == t["reference"]).mean()), "unseen": {"n": 4}}
     for name, t in TABLES.items()
 }  # fmt: skip
 

@@ -13,6 +13,7 @@ from pockettune.evaluation.intervals import (
     compare_paired,
     detectable_difference,
     mcnemar_exact,
+    compare_changes,
     paired_interval,
     paired_score,
     wilson_interval,
@@ -110,7 +111,7 @@ def test_detectable_difference_is_detected_in_four_of_five_samples(n: int, chang
     share = max(changed, loss)
     pairs, chance = outcomes(n, (share + loss) / 2, (share - loss) / 2)
     likely = chance > 1e-5
-    claims = [judge(lost, gained, n, 1e-9)["claim"] for lost, gained in pairs[likely].tolist()]
+    claims = [judge(compare_changes(lost, gained, n), 1e-9)["claim"] for lost, gained in pairs[likely].tolist()]
     power = chance[likely][np.array(claims) == "worse"].sum()
     assert 0.79 < power < 0.96
 
@@ -130,7 +131,7 @@ def test_detectable_difference_of_a_handful_of_rows_is_all() -> None:
     ],
 )  # fmt: skip
 def test_verdict_and_its_words(lost: int, gained: int, n: int, claim: str, words: str) -> None:
-    verdict = judge(lost, gained, n, MARGIN)
+    verdict = judge(compare_changes(lost, gained, n), MARGIN)
     assert verdict["claim"] == claim and verdict["margin"] == MARGIN
     assert say(verdict) == words
 
@@ -138,7 +139,7 @@ def test_verdict_and_its_words(lost: int, gained: int, n: int, claim: str, words
 def test_verdict_follows_the_score() -> None:
     """The bound and the test it inverts are of one mind."""
     for lost in range(0, 30, 3):
-        claim = judge(lost, 5, 1200, MARGIN)["claim"]
+        claim = judge(compare_changes(lost, 5, 1200), MARGIN)["claim"]
         assert (claim == "as good") == (paired_score(lost, 5, 1200, -MARGIN) > ONE_SIDED)
 
 

@@ -1,9 +1,9 @@
 """Reads files whose rows are no lines: JSON of any layout, and tokens with a label each.
 
-    json          objects one behind the other, a list of them, or SQuAD's articles of paragraphs of
-                  questions, each of which becomes a row with the paragraph's context
-    bio, conll    a token and its label a line, the first and the last of its columns; a blank line ends
-                  a row
+json          objects one behind the other, a list of them, or SQuAD's articles of paragraphs of
+              questions, each of which becomes a row with the paragraph's context
+bio, conll    a token and its label a line, the first and the last of its columns; a blank line ends
+              a row
 """
 
 import json
@@ -75,4 +75,3 @@ def parse_tokens(path: Path, lines: Iterable[str], tokens: str, labels: str) -> 
         yield row
     if faults:
         raise UserError(f"{path}: no label beside the token in {list_faults(faults)}")
-

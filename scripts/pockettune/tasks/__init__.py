@@ -58,9 +58,7 @@ class Task(Protocol):
     def clean(self, record: Record, defuse: Callable[[str], str]) -> Record:
         """Return the record with `defuse` applied to every text in it that comes from the data."""
 
-    def shorten(
-        self, record: Record, excess: int, cut: Callable[[str, int], str]
-    ) -> Record | None:
+    def shorten(self, record: Record, excess: int, cut: Callable[[str, int], str]) -> Record | None:
         """Return the record about `excess` tokens shorter; None where nothing is left of it.
 
         `cut` drops the last tokens of a text, at least one character.
