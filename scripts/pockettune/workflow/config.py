@@ -128,15 +128,19 @@ def check_text(config: Config) -> None:
         )
 
 
-def drop_idle(config: Config) -> None:
-    """Set to null, or drop, what another key makes idle, so that changing it is no reason to rerun."""
+def drop_idle(config: Config, text: bool = False) -> None:
+    """Set to null, or drop, what another key makes idle, so that changing it is no reason to rerun.
+
+    `text`: the task's answers are text, of which the labels, and the metric that counts them, say nothing.
+    """
     model, dataset, train = config["model"], config["dataset"], config["train"]
     if train["batch_tokens"]:
         train["batch_size"] = None
     if train["eval_every"] is None:
         train.update(eval_limit=None, metric=None, patience=None)
-    if not config["task"].get("labels"):  # text is validated by reading it
+    if text:
         train["metric"] = None
+        config["task"]["labels"] = {}
     if train["teacher"] and train["teacher"]["weight"] == 0:
         train["teacher"] = None
     if config["vocabulary"]["keep"] == "full":
