@@ -15,7 +15,7 @@ from generated import SUBJECTS
 from small_run import RUN, reviews
 
 TEXT = ("--configfile", "runs/tags.yaml")
-LINE = 'TASKS: dict[str, Callable[..., Any]] = {"classification": Classification'
+LINE = '    "classification": Classification,'
 
 
 def tags_of(text: str) -> list[str]:
@@ -29,7 +29,7 @@ def write_tags(folder: Path) -> None:
     """Give a checkout the task and a run of it: whether a review praises, blames, or both."""
     shutil.copyfile(Path(__file__).with_name("tags.py"), folder / "scripts/pockettune/tasks/tags.py")
     tasks = folder / "scripts/pockettune/tasks/__init__.py"
-    text = tasks.read_text().replace(LINE, LINE + ', "tags": Tags')
+    text = tasks.read_text().replace(LINE, LINE + '\n    "tags": Tags,')
     assert '"tags": Tags' in text
     tasks.write_text(text.replace("\nif TYPE_CHECKING", "from pockettune.tasks.tags import Tags\n\nif TYPE_CHECKING", 1))
     files = {}
