@@ -8,7 +8,7 @@ NONE = "无"
 
 
 class Tags:
-    """The model answers with every tag that fits, parted by commas."""
+    """The model answers with every tag that fits, each a character."""
 
     text_field = "text"
     metric = "micro_f1"
@@ -33,7 +33,7 @@ class Tags:
         return [{"role": "user", "content": self.template.replace("{text}", record["text"])}]
 
     def answer(self, record: Record) -> str:
-        return "，".join(record["tags"]) or NONE
+        return "".join(record["tags"]) or NONE
 
     def clean(self, record: Record, defuse: Callable[[str], str]) -> Record:
         return {**record, "text": defuse(record["text"])}
@@ -51,7 +51,7 @@ class Tags:
         return sorted(record["tags"])
 
     def parse(self, text: str, record: Record | None = None) -> list[str] | None:
-        return sorted(set(text.split("，")) - {NONE})
+        return sorted(set(text) - {NONE})
 
     def combine(self, predictions: Sequence[Any], log_probabilities: Sequence[float]) -> Any:
         return predictions[0]
@@ -66,8 +66,10 @@ class Tags:
 
     def score(self, references: Sequence[Any], predictions: Sequence[Any]) -> dict[str, Any]:
         pairs = zip(references, predictions, strict=True)
-        sums = [sum(numbers) for numbers in zip(*(self.counts(*pair) for pair in pairs), strict=True)]
+        sums = [
+            sum(numbers) for numbers in zip(*(self.counts(*pair) for pair in pairs), strict=True)
+        ]
         return {"micro_f1": self.measure(sums)}
 
     def grammar(self) -> str | None:
-        return 'root ::= "无" | tag ("，" tag)*\ntag ::= [^，\\n]+\n'
+        return 'root ::= "无" | [甲乙] [甲乙]?'

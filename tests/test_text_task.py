@@ -18,21 +18,30 @@ TEXT = ("--configfile", "runs/tags.yaml")
 LINE = 'TASKS: dict[str, Callable[..., Any]] = {"classification": Classification'
 
 
+def tags_of(text: str) -> list[str]:
+    """Return which of praise and blame stand in a review."""
+    praised = any(word in text for _, words, _ in SUBJECTS.values() for word in words)
+    blamed = any(word in text for _, _, words in SUBJECTS.values() for word in words)
+    return ["甲"] * praised + ["乙"] * blamed
+
+
 def write_tags(folder: Path) -> None:
-    """Give a checkout the task and a run of it: what a review is about, and whether it is good."""
-    shutil.copyfile(Path(__file__).with_name("tags.py"), folder / "scripts/pockettune/tasks/tags.py")
+    """Give a checkout the task and a run of it: whether a review praises, blames, or both."""
+    shutil.copyfile(
+        Path(__file__).with_name("tags.py"), folder / "scripts/pockettune/tasks/tags.py"
+    )
     tasks = folder / "scripts/pockettune/tasks/__init__.py"
     text = tasks.read_text().replace(LINE, LINE + ', "tags": Tags')
     assert '"tags": Tags' in text
-    tasks.write_text(text.replace("\nif TYPE_CHECKING", "from pockettune.tasks.tags import Tags\n\nif TYPE_CHECKING", 1))
-    subjects = {aspect: subject for subject, (aspects, _, _) in SUBJECTS.items() for aspect in aspects}
+    tasks.write_text(
+        text.replace(
+            "\nif TYPE_CHECKING", "from pockettune.tasks.tags import Tags\n\nif TYPE_CHECKING", 1
+        )
+    )
     files = {}
     for seed, (split, rows) in enumerate({"train": 500, "validation": 30, "test": 80}.items()):
-        texts, good = reviews(rows, seed)
-        tags = [
-            f"{'好' if value else '差'} {next(s for aspect, s in subjects.items() if aspect in text)}"
-            for text, value in zip(texts, good, strict=True)
-        ]
+        texts, _ = reviews(rows, seed)
+        tags = [" ".join(tags_of(text)) for text in texts]
         files[split] = f"data/tags-{split}.csv"
         pd.DataFrame({"text": texts, "label": tags}).to_csv(folder / files[split], index=False)
     run: dict[str, Any] = {
@@ -63,11 +72,16 @@ def test_task_of_one_file_goes_the_whole_way(text_run: Path) -> None:
     stages = json.loads((results / "metrics.json").read_text())["stages"]
     assert list(stages) == ["base", "adapter", "merged", "f16", "q4_k_m", "q8_0"]
     assert stages["base"]["n"] == 20 and stages["f16"]["n"] == 80
-    assert stages["base"]["score"] < 0.2 < 0.8 < stages["f16"]["score"]
+    assert stages["base"]["score"] < 0.88 < 0.9 < stages["f16"]["score"]
     for name in ("adapter", "merged", "f16", "q8_0"):
-        assert stages[name]["reading"]["token_accuracy"] > stages["base"]["reading"]["token_accuracy"]
+        assert (
+            stages[name]["reading"]["token_accuracy"] > stages["base"]["reading"]["token_accuracy"]
+        )
         assert stages[name]["generated"]["ended"] == stages[name]["n"], name
-    assert stages["q8_0"]["reading"]["kl_vocabulary"]["mean"] < stages["q4_k_m"]["reading"]["kl_vocabulary"]["mean"]
+    assert (
+        stages["q8_0"]["reading"]["kl_vocabulary"]["mean"]
+        < stages["q4_k_m"]["reading"]["kl_vocabulary"]["mean"]
+    )
     assert stages["merged"]["reading"]["kl_vocabulary"]["mean"] < 1e-3
     assert stages["f16"]["constrained"]["understood"] == stages["f16"]["constrained"]["rows"] == 20
     assert stages["q8_0"]["parting"]["rows"] == 80

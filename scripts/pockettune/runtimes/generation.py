@@ -261,6 +261,11 @@ def logits_at(
     first = [min(chosen) for chosen in places]
     prompts = [sequence[: begin + 1] for sequence, begin in zip(sequences, first, strict=True)]
     # Behind an answer's last token nothing is computed, whatever it is.
-    answers = [[*s[begin + 1 : max(p) + 1], 0] for s, begin, p in zip(sequences, first, places, strict=True)]
-    for rows, begin, chosen in zip(answer_logits(model, prompts, answers), first, places, strict=True):
+    answers = [
+        [*s[begin + 1 : max(p) + 1], 0]
+        for s, begin, p in zip(sequences, first, places, strict=True)
+    ]
+    for rows, begin, chosen in zip(
+        answer_logits(model, prompts, answers), first, places, strict=True
+    ):
         yield rows[[place - begin for place in chosen]]

@@ -41,6 +41,17 @@ NEED_IMPORTANCE = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3
 UNUSABLE = re.compile(r"[{}<>\x00-\x1f\x7f\ud800-\udfff]|^-")
 
 
+# What each task takes of section task besides system, prompt and template_options, with the value of a
+# key that is left out; of dataset, question_column goes with answer. None must be given.
+TASK_KEYS: dict[str, dict[str, Any]] = {
+    "classification": {"labels": None},
+    "entities": {"types": None, "no_answer": None, "max_answer_tokens": 64},
+    "answer": {"no_answer": "", "count": "characters", "stride": 128, "max_answer_tokens": 64},
+    "chat": {"max_answer_tokens": 256},
+}
+PLACES = {"classification": ["{text}"], "entities": ["{text}"], "answer": ["{text}", "{question}"]}
+
+
 def check_config(config: Config, schema: dict[str, Any]) -> None:
     """Raise UserError naming every fault of `config`; first mend what YAML and merging leave.
 
@@ -97,15 +108,35 @@ def check_files(paths: dict[str, str]) -> None:
         raise UserError(f"config: {list_faults(faults)}")
 
 
-def drop_idle(config: Config) -> None:
-    """Set to null, or drop, what another key makes idle, so that changing it is no reason to rerun."""
+def check_text(config: Config) -> None:
+    """Raise UserError naming the keys that count labels, of which a task of text has none."""
+    train = config["train"]
+    kept = config["model"]["keep_layers"]
+    faults = {
+        "train.teacher": train.get("teacher"),
+        "train.class_weights: balanced": train.get("class_weights") == "balanced",
+        "model.keep_layers.choose: auto": isinstance(kept, dict),
+    }
+    if found := [key for key, given in faults.items() if given]:
+        raise UserError(
+            f"config: {', '.join(found)} goes by the labels' probabilities, and task.type"
+            f" {config['task']['type']} answers with text; take it out"
+        )
+
+
+def drop_idle(config: Config, text: bool = False) -> None:
+    """Set to null, or drop, what another key makes idle, so that changing it is no reason to rerun.
+
+    `text`: the task's answers are text, of which the labels, and the metric that counts them, say nothing.
+    """
     model, dataset, train = config["model"], config["dataset"], config["train"]
     if train["batch_tokens"]:
         train["batch_size"] = None
     if train["eval_every"] is None:
         train.update(eval_limit=None, metric=None, patience=None)
-    if not config["task"].get("labels"):  # text is validated by reading it
+    if text:
         train["metric"] = None
+        config["task"]["labels"] = {}
     if train["teacher"] and train["teacher"]["weight"] == 0:
         train["teacher"] = None
     if config["vocabulary"]["keep"] == "full":
