@@ -25,7 +25,12 @@ from pockettune.evaluation.choice import choose, read_limits, say_why
 from pockettune.evaluation.verdict import not_decided, say
 
 FLIPS_SHOWN = 40  # of each file
-FURTHER = ("exact_match", "macro_f1", "precision", "recall")  # beside a text task's metric, where it has them
+FURTHER = (
+    "exact_match",
+    "macro_f1",
+    "precision",
+    "recall",
+)  # beside a text task's metric, where it has them
 
 
 def gather(arguments: argparse.Namespace, words: Words = english) -> dict[str, Any]:
