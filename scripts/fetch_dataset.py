@@ -8,7 +8,7 @@ Output  {train,validation,test}.jsonl: id, the task's fields, and whether the te
 import argparse
 import json
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from pockettune.data.records import read_table, write_records
 from pockettune.sources.splits import SPLITS, read_repository
 from pockettune.tasks import Record, Task, load_task
 from pockettune.tasks.classification import as_key
+
+COMMONEST = 10  # answers of text that the audit shows
 
 
 def fetch_dataset(
@@ -207,14 +209,16 @@ def audit_splits(
     splits = {}
     for split, rows in records.items():
         texts = [record[task.text_field] for record in rows]
-        answered = list(map(task.answer, rows))
+        lengths = np.array([len(text) for text in texts])
         facts: dict[str, Any] = {
             "rows": len(rows),
-            # How often each, or of free text how long.
-            "answers": dict(sorted(Counter(answered).items()))
-            if task.constrain()
-            else {"characters": describe_lengths(answered)},
-            "characters": describe_lengths(texts),
+            "answers": count_answers(rows, task),
+            "characters": {
+                "mean": round(float(lengths.mean()), 1),
+                "median": int(np.median(lengths)),
+                "p95": int(np.percentile(lengths, 95)),
+                "max": int(lengths.max()),
+            },
             "texts_with_line_breaks": sum("\n" in text for text in texts),
             "duplicates": len(texts) - len(set(keys[split])),
         }
@@ -231,14 +235,11 @@ def audit_splits(
     return {"splits": splits, "train_texts_with_several_answers": contradictory}
 
 
-def describe_lengths(texts: Sequence[str]) -> dict[str, float]:
-    lengths = np.array([len(text) for text in texts])
-    return {
-        "mean": round(float(lengths.mean()), 1),
-        "median": int(np.median(lengths)),
-        "p95": int(np.percentile(lengths, 95)),
-        "max": int(lengths.max()),
-    }
+def count_answers(rows: list[Record], task: Task) -> dict[str, int]:
+    """Return how many rows have each answer; of text the commonest."""
+    counts = Counter(map(task.answer, rows))
+    shown = counts.items() if task.constrain() else counts.most_common(COMMONEST)
+    return dict(sorted(shown))
 
 
 def main() -> None:
