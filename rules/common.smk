@@ -130,6 +130,7 @@ BUNDLE_CANDIDATES = VARIANTS if BUNDLED == "best" else [BUNDLED]
 # answers would fill the disk.
 KEPT_LOGITS = [] if TEXT else "<results>/logits/f16.npy"
 REFERENCE = "<results>/f16.gguf" if TEXT else KEPT_LOGITS
+SAMPLES = "<results>/samples.json" if TEXT else []
 # How many answers of a conversation are generated decides what PyTorch's rungs do too.
 SAMPLED = ["greedy_rows"] if TEXT else []
 RECORDS = f"<results>/dataset/{config['evaluate']['split']}.jsonl" if TEXT else []
