@@ -32,6 +32,7 @@ from pockettune.workflow.pins import (
     unpin_others,
 )
 from pockettune.common.errors import UserError
+from pockettune.data.task_template import check_template
 from pockettune.machine.estimate import request
 from pockettune.machine.run import Run
 from pockettune.tasks import as_text_task, load_task
@@ -122,6 +123,7 @@ BUNDLED = config["bundle"]["file"]
 BUNDLE_CANDIDATES = VARIANTS if BUNDLED == "best" else [BUNDLED]
 with mistakes_in_one_line():
     TASK = load_task(config["task"], config["dataset"])
+    check_template(TASK, config["card"]["template"])
 # Answers of text are generated. F16 itself stands beside the stages that are compared with it: its logits at
 # every token of the answers would fill the disk.
 TEXT = as_text_task(TASK) is not None
