@@ -67,6 +67,7 @@ PAGE = [
         "index.html",
         "manifest.webmanifest",
         "sw.js",
+        "text.js",
     ]
 ]
 
