@@ -20,6 +20,7 @@ from pockettune.workflow.cluster import (
 from pockettune.workflow.config import (
     check_config,
     check_files,
+    check_text,
     drop_idle,
     is_gguf,
     local_files,
@@ -101,7 +102,14 @@ with mistakes_in_one_line():
 
 if NOT_PINNED and workflow.is_main_process:
     print(f"warning: {NOT_PINNED}", file=sys.stderr)
-drop_idle(config)
+# Answers of text are generated, and scored otherwise than labels.
+with mistakes_in_one_line():
+    TASK = load_task(config["task"], config["dataset"])
+    check_template(TASK, config["card"]["template"])
+    TEXT = as_text_task(TASK) is not None
+    if TEXT:
+        check_text(config)
+drop_idle(config, TEXT)
 # No rule's parameter: a checksum that is pinned or dropped later changes nothing that was made.
 PINS = pinned_files(config["model"].pop("sha256"))
 set_environment(config["hub"], PINS)
@@ -122,12 +130,8 @@ CHOICE = [] if config["choose"] is None else "<results>/best.gguf"
 BUNDLED = config["bundle"]["file"]
 # Of whose predictions the bundle shows some: which file best.gguf is, stands in best.json.
 BUNDLE_CANDIDATES = VARIANTS if BUNDLED == "best" else [BUNDLED]
-with mistakes_in_one_line():
-    TASK = load_task(config["task"], config["dataset"])
-    check_template(TASK, config["card"]["template"])
-# Answers of text are generated. F16 itself stands beside the stages that are compared with it: its logits at
-# every token of the answers would fill the disk.
-TEXT = as_text_task(TASK) is not None
+# F16 itself stands beside the stages of text that are compared with it: its logits at every token of the
+# answers would fill the disk.
 KEPT_LOGITS = [] if TEXT else "<results>/logits/f16.npy"
 REFERENCE = "<results>/f16.gguf" if TEXT else KEPT_LOGITS
 # How many answers of a conversation are generated decides what PyTorch's rungs do too.

@@ -160,18 +160,14 @@ def right_answer(task: Task, record: Record) -> str:
     return task.answer(record)
 
 
-def pair(
-    before: pd.DataFrame, after: pd.DataFrame, task: TextTask | None = None
-) -> dict[str, Any]:
+def pair(before: pd.DataFrame, after: pd.DataFrame, task: TextTask | None = None) -> dict[str, Any]:
     """Compare two stages' answers to the same rows, and to those that do not stand in train."""
     before, after = common_rows(before, after)
     unseen = ~after["seen"].to_numpy()
 
     def compare(rows: np.ndarray) -> dict[str, Any]:
         if task:
-            return compare_counts(
-                count_rows(before)[rows], count_rows(after)[rows], task.measure
-            )
+            return compare_counts(count_rows(before)[rows], count_rows(after)[rows], task.measure)
         return compare_paired(is_right(before)[rows], is_right(after)[rows])
 
     return {

@@ -14,8 +14,8 @@ from jinja2 import Environment, nodes
 from conftest import ROOT
 from pockettune.common.words import english, read_words
 from pockettune.evaluation.choice import Limits, choose
-from pockettune.evaluation.plots import spread_heights
 from pockettune.evaluation.intervals import compare_changes
+from pockettune.evaluation.plots import spread_heights
 from pockettune.evaluation.verdict import judge, say
 
 CHINESE = ROOT / "report/zh.json"

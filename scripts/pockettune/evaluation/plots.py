@@ -67,9 +67,7 @@ def say_metric(metric: str, words: Words = english) -> str:
     return names.get(metric, metric)
 
 
-def plot_front(
-    choice: Mapping[str, Any], stages: Mapping[str, Any], words: Words = english
-) -> str:
+def plot_front(choice: Mapping[str, Any], stages: Mapping[str, Any], words: Words = english) -> str:
     """Return the task's metric over size of the files of choose(), with the 95 % intervals of that name.
 
     A point's area is its prompt rate; filled are those that no other file beats. The chosen one has

@@ -13,7 +13,7 @@ from pockettune.common.errors import UserError, list_faults
 from pockettune.sources import hub
 
 if TYPE_CHECKING:
-    from datasets import DatasetBuilder
+    from datasets import Dataset, DatasetBuilder
 
 SPLITS = ("train", "validation", "test")
 
@@ -69,12 +69,23 @@ def load_splits(dataset: Mapping[str, Any], folder: Path, cache: Path) -> dict[s
     tables, faults = {}, []
     for split, part in choose_splits(name, dataset["splits"], builder).items():
         try:
-            tables[split] = builder.as_dataset(split=part).to_pandas()
+            tables[split] = with_names(builder.as_dataset(split=part))
         except ValueError as error:  # what the library says of the expression
             faults.append(f"dataset.splits.{split} is {part!r}: {error}")
     if faults:
         raise UserError(f"dataset {name}: {list_faults(faults)}")
     return tables
+
+
+def with_names(rows: "Dataset") -> pd.DataFrame:
+    """Return rows as a table; lists of class numbers, as of entities' labels, as lists of their names."""
+    from datasets import ClassLabel
+
+    table = rows.to_pandas()
+    for column, feature in rows.features.items():
+        if isinstance(classes := getattr(feature, "feature", None), ClassLabel):
+            table[column] = [classes.int2str(numbers.tolist()) for numbers in table[column]]
+    return table
 
 
 def choose_subset(name: str, subset: str | None, folder: Path) -> str | None:

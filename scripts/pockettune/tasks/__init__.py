@@ -10,7 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pockettune.common.errors import UserError
+from pockettune.tasks.answer import Answer
+from pockettune.tasks.chat import Chat
 from pockettune.tasks.classification import Classification
+from pockettune.tasks.entities import Entities
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,6 +27,12 @@ class Task(Protocol):
 
     text_field: str
     """The record's field that is compared for duplicates and cut when a prompt is too long."""
+
+    columns: Sequence[str]
+    """Columns of the dataset that `read` takes, the text's first."""
+
+    optional_columns: Sequence[str]
+    """Others that it takes where they are there."""
 
     template_options: Mapping[str, Any]
     """Variables that the chat template is given, such as enable_thinking."""
@@ -49,9 +58,7 @@ class Task(Protocol):
     def clean(self, record: Record, defuse: Callable[[str], str]) -> Record:
         """Return the record with `defuse` applied to every text in it that comes from the data."""
 
-    def shorten(
-        self, record: Record, excess: int, cut: Callable[[str, int], str]
-    ) -> Record | None:
+    def shorten(self, record: Record, excess: int, cut: Callable[[str, int], str]) -> Record | None:
         """Return the record about `excess` tokens shorter; None where nothing is left of it.
 
         `cut` drops the last tokens of a text, at least one character.
@@ -100,7 +107,12 @@ class TextTask(Task, Protocol):
         """Return every allowed answer as a GBNF grammar of llama.cpp; None where any text is."""
 
 
-TASKS: dict[str, Callable[..., Any]] = {"classification": Classification}
+TASKS: dict[str, Callable[..., Any]] = {
+    "classification": Classification,
+    "entities": Entities,
+    "answer": Answer,
+    "chat": Chat,
+}
 
 
 def as_text_task(task: Task) -> TextTask | None:

@@ -16,6 +16,7 @@ class Classification:
 
     text_field = "text"
     metric = "accuracy"
+    optional_columns: Sequence[str] = ()
 
     def __init__(self, settings: Mapping[str, Any], columns: Mapping[str, str]) -> None:
         self.system = settings["system"]
@@ -24,6 +25,7 @@ class Classification:
         self.labels: dict[str, str] = dict(sorted(settings["labels"].items()))
         self.text_column = columns["text_column"]
         self.label_column = columns["label_column"]
+        self.columns = [self.text_column, self.label_column]
         self._read_as: dict[str, str] = {}  # by `settle`
 
     def settle(self, tables: Sequence["pd.DataFrame"]) -> None:
