@@ -142,7 +142,9 @@ def test_answer_and_back() -> None:
 
 def test_names_take_places_left_to_right() -> None:
     text = "北京的北京大学在北京"
-    found = place_names([("地名", "北京"), ("组织", "北京大学"), ("地名", "北京"), ("地名", "北京")], text)
+    found = place_names(
+        [("地名", "北京"), ("组织", "北京大学"), ("地名", "北京"), ("地名", "北京")], text
+    )
     assert found == [("地名", "北京", 0, 2), ("组织", "北京大学", 3, 7), ("地名", "北京", 8, 10), ("地名", "北京", -1, -1)]  # fmt: skip
     # Out of order it is found all the same, and a place is given once.
     assert place_names([("地名", "在"), ("地名", "北京大学"), ("地名", "京大")], text)[1:] == [
@@ -175,7 +177,11 @@ def test_scores_are_those_of_seqeval() -> None:
     assert scores["macro_f1"] == pytest.approx(0.5333333333333333, abs=1e-15)
     assert scores["precision"] == pytest.approx(0.5714285714285714, abs=1e-15)
     assert scores["recall"] == pytest.approx(0.6666666666666666, abs=1e-15)
-    assert {k: v["f1"] for k, v in scores["per_type"].items()} == {"PER": 0.8, "LOC": 0.8, "ORG": 0.0}
+    assert {k: v["f1"] for k, v in scores["per_type"].items()} == {
+        "PER": 0.8,
+        "LOC": 0.8,
+        "ORG": 0.0,
+    }
     assert scores["errors"] == {"type": 1, "boundary": 1, "missing": 0, "made_up": 1, "not_in_text": 0}  # fmt: skip
     sums = [sum(n) for n in zip(*map(TASK.counts, references, predictions), strict=True)]
     assert TASK.measure(sums) == scores["micro_f1"]
@@ -184,7 +190,12 @@ def test_scores_are_those_of_seqeval() -> None:
 def test_errors_by_kind() -> None:
     gold = [["人名", "王小明", 0, 3], ["地名", "北京", 4, 6]]
     said = [["人名", "小明", 1, 3], ["组织", "学", 7, 8], ["人名", "张三", -1, -1]]
-    assert kinds_of_error(gold, said) == {"boundary": 1, "made_up": 1, "not_in_text": 1, "missing": 1}
+    assert kinds_of_error(gold, said) == {
+        "boundary": 1,
+        "made_up": 1,
+        "not_in_text": 1,
+        "missing": 1,
+    }
     assert kinds_of_error(gold, None)["missing"] == 2
     assert TASK.counts(gold, said) == (0, 2, 2) and TASK.counts(gold, None) == (0, 0, 2)
 
