@@ -210,6 +210,7 @@ rule compare:
             category="Metrics",
         ),
         flips="<results>/flips.json",
+        samples=SAMPLES,
     log:
         "<results>/logs/compare.log",
     benchmark:
@@ -221,7 +222,7 @@ rule compare:
     shell:
         command(
             "params.settings input.records input.metrics input.predictions input.adapter"
-            " output.json output.csv output.flips"
+            " output.json output.csv output.flips output.samples"
         )
 
 
@@ -255,10 +256,11 @@ rule report:
         **folder("adapter", "<results>/adapter"),
         **folder("base", BASE_MODEL),
         vocabulary=VOCABULARY,
-        templates=["report/report.html.j2", "report/card.md.j2"],
+        templates=["report/report.html.j2", "report/card.md.j2", "report/text.html.j2"],
         sentences=SENTENCES,
         metrics="<results>/metrics.json",
         flips="<results>/flips.json",
+        samples=SAMPLES,
         parity="<results>/parity.json",
         speed=expand("<results>/speed/{file}.json", file=["f16", *VARIANTS]),
         audit="<results>/dataset/audit.json",
@@ -282,7 +284,7 @@ rule report:
         settings=report_settings,
     shell:
         command(
-            "params.settings input.templates input.sentences input.metrics input.flips input.parity input.speed"
-            " input.audit input.vocabulary input.tokens input.adapter input.base input.benchmarks"
+            "params.settings input.templates input.sentences input.metrics input.flips input.samples input.parity"
+            " input.speed input.audit input.vocabulary input.tokens input.adapter input.base input.benchmarks"
             " output.html output.card"
         )

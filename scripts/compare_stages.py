@@ -8,6 +8,7 @@ Output  metrics.json: {"stages": {stage: {n, accuracy, macro_f1, unseen, size_by
         both were scored on, all and unseen; verdict: whether it is as good as F16; kl_labels: from
         F16, over the allowed answers; at_temperature: of a file, calibration error and coverage
         flips.json: the rows whose answer a file changed against F16
+        samples.json: where answers are text, some records with what every stage answered
         metrics.csv: a row a stage, the numbers that fit one
 """
 
@@ -22,6 +23,7 @@ import pandas as pd
 
 from pockettune.common import program
 from pockettune.common.errors import UserError
+from pockettune.data.prompts import take_evenly
 from pockettune.data.records import read_records
 from pockettune.evaluation.bootstrap import compare_counts, metric_interval
 from pockettune.evaluation.calibration import confidence
@@ -37,6 +39,7 @@ from pockettune.evaluation.verdict import judge, say
 from pockettune.tasks import Record, Task, TextTask, as_text_task, load_task
 
 BASELINE, REFERENCE = "tfidf", "f16"
+SAMPLES = 12
 REMEDY = "remove predictions/ and run again, so that all are scored anew"
 
 
@@ -160,18 +163,14 @@ def right_answer(task: Task, record: Record) -> str:
     return task.answer(record)
 
 
-def pair(
-    before: pd.DataFrame, after: pd.DataFrame, task: TextTask | None = None
-) -> dict[str, Any]:
+def pair(before: pd.DataFrame, after: pd.DataFrame, task: TextTask | None = None) -> dict[str, Any]:
     """Compare two stages' answers to the same rows, and to those that do not stand in train."""
     before, after = common_rows(before, after)
     unseen = ~after["seen"].to_numpy()
 
     def compare(rows: np.ndarray) -> dict[str, Any]:
         if task:
-            return compare_counts(
-                count_rows(before)[rows], count_rows(after)[rows], task.measure
-            )
+            return compare_counts(count_rows(before)[rows], count_rows(after)[rows], task.measure)
         return compare_paired(is_right(before)[rows], is_right(after)[rows])
 
     return {
@@ -212,9 +211,12 @@ def label_probabilities(table: pd.DataFrame) -> np.ndarray:
 
 
 def list_flips(
-    predictions: dict[str, pd.DataFrame], texts: dict[str, str]
+    predictions: dict[str, pd.DataFrame], shown: dict[str, dict[str, str]]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Return each file's rows whose answer is not F16's: id, text, right answer, before, after."""
+    """Return each file's rows whose answer is not F16's: id, text, right answer, before, after.
+
+    `shown` is what show_record returns of each record, by id.
+    """
     if REFERENCE not in predictions:
         return {}
     flips = {}
@@ -222,19 +224,50 @@ def list_flips(
     for name, table in list(predictions.items())[list(predictions).index(REFERENCE) + 1 :]:
         assert len(table) == len(f16), "files are all scored on the same rows"
         # Of text what was generated is shown; a row that was only read has none.
-        shown = "answer" if "answer" in table else "prediction"
-        changed = np.flatnonzero((f16[shown] != table[shown]) & table[shown].notna())
+        said = "answer" if "answer" in table else "prediction"
+        changed = np.flatnonzero((f16[said] != table[said]) & table[said].notna())
         flips[name] = [
             {
                 "id": table["id"][row],
-                "text": texts[table["id"][row]],
-                "reference": table["reference"][row],
-                "f16": f16[shown][row],
-                "now": table[shown][row],
+                **shown[table["id"][row]],
+                "f16": f16[said][row],
+                "now": table[said][row],
             }
             for row in changed
         ]
     return flips
+
+
+def show_record(task: Task, record: Record) -> dict[str, str]:
+    """Return what a record asks, "text", and its right answer, "reference", as they are read.
+
+    Of text the last message is shown, which may hold a question beside the text, and the right answers
+    of all questions, a line each, as the answers of a stage are.
+    """
+    if text := as_text_task(task):
+        whole = text.questions(record, lambda _: 0, 0)  # of no tokens: in no windows
+        answers = "\n".join(map(task.answer, whole))
+        return {"text": task.prompt(record)[-1]["content"], "reference": answers}
+    return {"text": record[task.text_field], "reference": task.answer(record)}
+
+
+def list_samples(
+    predictions: dict[str, pd.DataFrame], shown: dict[str, dict[str, str]]
+) -> list[dict[str, Any]]:
+    """Return some records that every stage answered, evenly spread: id, text, right answer, "answers"."""
+    answered = {
+        name: dict(zip(table["id"], table["answer"], strict=True))
+        for name, table in ((n, t[t["answer"].notna()]) for n, t in predictions.items())
+    }
+    common = [row for row in shown if all(row in answers for answers in answered.values())]
+    return [
+        {
+            "id": row,
+            **shown[row],
+            "answers": {name: answers[row] for name, answers in answered.items()},
+        }
+        for row in take_evenly(common, SAMPLES)
+    ]
 
 
 def as_table(compared: dict[str, Any]) -> pd.DataFrame:
@@ -263,6 +296,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True, help="metrics.json to write")
     parser.add_argument("--csv", type=Path, required=True, help="metrics.csv to write")
     parser.add_argument("--flips", type=Path, required=True, help="flips.json to write")
+    parser.add_argument("--samples", type=Path, nargs="?", help="samples.json to write, of text")
 
     def work(arguments: argparse.Namespace) -> None:
         loaded = [program.read_json(path) for path in arguments.metrics]
@@ -270,16 +304,18 @@ def main() -> None:
         tables = map(pd.read_parquet, arguments.predictions)
         predictions = dict(zip(metrics, tables, strict=True))
         task = load_task(arguments.settings["task"], arguments.settings["dataset"])
-        records = list(read_records(arguments.records))
+        records = {record["id"]: record for record in read_records(arguments.records)}
         text = as_text_task(task)
-        check_rows(predictions, {r["id"]: right_answer(task, r) for r in records})
+        check_rows(predictions, {row: right_answer(task, r) for row, r in records.items()})
         training = program.read_json(arguments.adapter / "training.json")
         margin = arguments.settings["evaluate"]["margin"]
         compared = compare_stages(metrics, predictions, margin, training, text)
         with program.staged(arguments.csv) as partial:
             as_table(compared).to_csv(partial, index=False)
-        texts = {record["id"]: record[task.text_field] for record in records}
-        program.write_json(arguments.flips, list_flips(predictions, texts))
+        shown = {row: show_record(task, record) for row, record in records.items()}
+        program.write_json(arguments.flips, list_flips(predictions, shown))
+        if text:
+            program.write_json(arguments.samples, list_samples(predictions, shown))
         program.write_json(arguments.json, compared)
         for name, entry in compared["stages"].items():
             if "verdict" in entry:

@@ -12,8 +12,8 @@ from functools import partial
 from pockettune.data.prompts import Example
 from pockettune.evaluation import stages
 from pockettune.evaluation.metrics import provenance
-from pockettune.gguf.files import describe_file
 from pockettune.evaluation.text_stages import TextRuntime
+from pockettune.gguf.files import describe_file
 from pockettune.runtimes.generation import generate, logits_at
 from pockettune.runtimes.greedy import answer_greedily, as_text
 from pockettune.runtimes.llama import LlamaModel

@@ -67,7 +67,9 @@ class Tags:
 
     def score(self, references: Sequence[Any], predictions: Sequence[Any]) -> dict[str, Any]:
         pairs = zip(references, predictions, strict=True)
-        sums = [sum(numbers) for numbers in zip(*(self.counts(*pair) for pair in pairs), strict=True)]
+        sums = [
+            sum(numbers) for numbers in zip(*(self.counts(*pair) for pair in pairs), strict=True)
+        ]
         return {"micro_f1": self.measure(sums)}
 
     def grammar(self) -> str | None:

@@ -10,10 +10,10 @@ from scipy.optimize import minimize_scalar
 from pockettune.evaluation import intervals
 from pockettune.evaluation.intervals import (
     ONE_SIDED,
+    compare_changes,
     compare_paired,
     detectable_difference,
     mcnemar_exact,
-    compare_changes,
     paired_interval,
     paired_score,
     wilson_interval,
@@ -111,7 +111,10 @@ def test_detectable_difference_is_detected_in_four_of_five_samples(n: int, chang
     share = max(changed, loss)
     pairs, chance = outcomes(n, (share + loss) / 2, (share - loss) / 2)
     likely = chance > 1e-5
-    claims = [judge(compare_changes(lost, gained, n), 1e-9)["claim"] for lost, gained in pairs[likely].tolist()]
+    claims = [
+        judge(compare_changes(lost, gained, n), 1e-9)["claim"]
+        for lost, gained in pairs[likely].tolist()
+    ]
     power = chance[likely][np.array(claims) == "worse"].sum()
     assert 0.79 < power < 0.96
 

@@ -13,6 +13,7 @@ import yaml
 from conftest import copy_checkout, run_snakemake
 from generated import SUBJECTS
 from small_run import RUN, reviews
+from test_workflow import planned
 
 TEXT = ("--configfile", "runs/tags.yaml")
 LINE = '    "classification": Classification,'
@@ -27,11 +28,17 @@ def tags_of(text: str) -> list[str]:
 
 def write_tags(folder: Path) -> None:
     """Give a checkout the task and a run of it: whether a review praises, blames, or both."""
-    shutil.copyfile(Path(__file__).with_name("tags.py"), folder / "scripts/pockettune/tasks/tags.py")
+    shutil.copyfile(
+        Path(__file__).with_name("tags.py"), folder / "scripts/pockettune/tasks/tags.py"
+    )
     tasks = folder / "scripts/pockettune/tasks/__init__.py"
     text = tasks.read_text().replace(LINE, LINE + '\n    "tags": Tags,')
     assert '"tags": Tags' in text
-    tasks.write_text(text.replace("\nif TYPE_CHECKING", "from pockettune.tasks.tags import Tags\n\nif TYPE_CHECKING", 1))
+    tasks.write_text(
+        text.replace(
+            "\nif TYPE_CHECKING", "from pockettune.tasks.tags import Tags\n\nif TYPE_CHECKING", 1
+        )
+    )
     files = {}
     for seed, (split, rows) in enumerate({"train": 500, "validation": 30, "test": 80}.items()):
         texts, _ = reviews(rows, seed)
@@ -68,10 +75,64 @@ def test_task_of_one_file_goes_the_whole_way(text_run: Path) -> None:
     assert stages["base"]["n"] == 20 and stages["f16"]["n"] == 80
     assert stages["base"]["score"] < 0.88 < 0.9 < stages["f16"]["score"]
     for name in ("adapter", "merged", "f16", "q8_0"):
-        assert stages[name]["reading"]["token_accuracy"] > stages["base"]["reading"]["token_accuracy"]
+        assert (
+            stages[name]["reading"]["token_accuracy"] > stages["base"]["reading"]["token_accuracy"]
+        )
         assert stages[name]["generated"]["ended"] == stages[name]["n"], name
-    assert stages["q8_0"]["reading"]["kl_vocabulary"]["mean"] < stages["q4_k_m"]["reading"]["kl_vocabulary"]["mean"]
+    assert (
+        stages["q8_0"]["reading"]["kl_vocabulary"]["mean"]
+        < stages["q4_k_m"]["reading"]["kl_vocabulary"]["mean"]
+    )
     assert stages["merged"]["reading"]["kl_vocabulary"]["mean"] < 1e-3
     assert stages["f16"]["constrained"]["understood"] == stages["f16"]["constrained"]["rows"] == 20
     assert stages["q8_0"]["parting"]["rows"] == 80
     assert stages["q4_k_m"]["verdict"]["claim"] in ("as good", "worse", "undecided")
+
+
+def reruns(folder: Path, **changed: dict[str, Any]) -> set[str]:
+    """Return the rules that a dry run plans when a run file has these values, then take them back."""
+    path = folder / "runs/tags.yaml"
+    before = path.read_text()
+    run = yaml.safe_load(before)
+    for section, values in changed.items():
+        run[section] = {**run.get(section, {}), **values}
+    path.write_text(yaml.safe_dump(run, allow_unicode=True, sort_keys=False))
+    try:
+        return set(planned(folder, *TEXT)) - {"all"}
+    finally:
+        path.write_text(before)
+
+
+def test_a_change_reruns_what_depends_on_it(text_run: Path) -> None:
+    scored = {
+        "evaluate_adapter",
+        "evaluate_merged",
+        "evaluate_f16",
+        "evaluate_variant",
+        "compare",
+        "report",
+    }
+    assert reruns(text_run) == set()
+    assert reruns(text_run, task={"labels": {"0": "x", "1": "y"}}) == set()
+    assert reruns(text_run, train={"metric": "macro_f1"}) == set()
+    assert reruns(text_run, evaluate={"margin": 0.01}) == {"compare", "report"}
+    assert reruns(text_run, evaluate={"greedy_rows": 10}) == {"evaluate_base", *scored}
+    anew = reruns(text_run, task={"prompt": "{text}\n"})
+    assert {"tokenize", "train", "convert", "evaluate_base", *scored} <= anew
+    assert "fetch_dataset" not in anew
+
+
+def test_keys_that_go_by_labels_are_refused(text_run: Path) -> None:
+    path = text_run / "runs/tags.yaml"
+    before = path.read_text()
+    run = yaml.safe_load(before)
+    run["train"]["class_weights"] = "balanced"
+    run["model"]["keep_layers"] = {"count": 1, "choose": "auto"}
+    path.write_text(yaml.safe_dump(run, allow_unicode=True, sort_keys=False))
+    result = run_snakemake(text_run, *TEXT, "--dry-run")
+    path.write_text(before)
+    assert result.returncode == 2
+    assert (
+        "train.class_weights: balanced, model.keep_layers.choose: auto goes by the labels"
+        in result.stdout
+    )

@@ -14,12 +14,12 @@ from jinja2 import Environment, nodes
 from conftest import ROOT
 from pockettune.common.words import english, read_words
 from pockettune.evaluation.choice import Limits, choose
-from pockettune.evaluation.plots import spread_heights
 from pockettune.evaluation.intervals import compare_changes
+from pockettune.evaluation.plots import spread_heights
 from pockettune.evaluation.verdict import judge, say
 
 CHINESE = ROOT / "report/zh.json"
-TEMPLATES = [ROOT / f"report/{name}.j2" for name in ("report.html", "card.md")]
+TEMPLATES = [ROOT / f"report/{name}.j2" for name in ("report.html", "text.html", "card.md")]
 PROGRAMS = [
     ROOT / "scripts/write_report.py",
     *(ROOT / "scripts/pockettune/evaluation").glob("*.py"),

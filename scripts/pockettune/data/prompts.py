@@ -54,7 +54,9 @@ class Example:
     seen: bool  # whether the text stands in train
     cut: bool  # whether the text was shortened
     defused: bool  # whether the text held control tokens such as <|im_end|>
-    record: str = ""  # id of the record that it asks about: a task of text may ask several questions
+    record: str = (
+        ""  # id of the record that it asks about: a task of text may ask several questions
+    )
     # Begin and end of each earlier answer of a conversation within prompt_ids, one behind the other.
     earlier: list[int] = field(default_factory=list)
 
@@ -65,7 +67,9 @@ class Example:
     def learned(self) -> list[int]:
         """Return the places in `ids` of all tokens that are learned: those of every answer."""
         spans = [*self.earlier, len(self.prompt_ids), len(self.prompt_ids) + len(self.answer_ids)]
-        return [p for begin, end in zip(spans[::2], spans[1::2], strict=True) for p in range(begin, end)]
+        return [
+            p for begin, end in zip(spans[::2], spans[1::2], strict=True) for p in range(begin, end)
+        ]
 
 
 def render_prompt(tokenizer: "PreTrainedTokenizerBase", task: Task, record: Record) -> str:

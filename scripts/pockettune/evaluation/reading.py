@@ -53,7 +53,9 @@ def read_answers(
         others: Iterable[np.ndarray | None] = [None] * len(examples)
     else:
         others = reference(renumber(sequences, kept), places)
-    pairs = progress(zip(own, others, strict=True), description=description, unit="rows", total=len(examples))
+    pairs = progress(
+        zip(own, others, strict=True), description=description, unit="rows", total=len(examples)
+    )
     for example, (logits, other) in zip(examples, pairs, strict=True):
         ids = example.ids()
         targets = [ids[place] for place in example.learned()]
@@ -69,7 +71,9 @@ def read(
     divergence = equal = None
     if other is not None:
         shown = slice(None) if kept is None else list(kept)
-        width = min(logits[:, shown].shape[1], other.shape[1])  # of a padded vocabulary, what both have
+        width = min(
+            logits[:, shown].shape[1], other.shape[1]
+        )  # of a padded vocabulary, what both have
         both = normalise(other[:, :width]), normalise(logits[:, shown][:, :width])
         divergence = kl_divergence(*both)
         equal = both[0].argmax(axis=1) == both[1].argmax(axis=1)

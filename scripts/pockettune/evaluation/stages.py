@@ -111,9 +111,7 @@ def evaluate(arguments: argparse.Namespace, open_runtime: OpenRuntime) -> None:
     write_stage(arguments, examples, answers["words"], scores, facts)
 
 
-def evaluate_text(
-    arguments: argparse.Namespace, open_runtime: OpenRuntime, task: TextTask
-) -> None:
+def evaluate_text(arguments: argparse.Namespace, open_runtime: OpenRuntime, task: TextTask) -> None:
     """Have the rows answered with text, and write the stage's files."""
     settings = arguments.settings["evaluate"]
     rows = Examples(arguments.tokens / f"{settings['split']}.arrow")

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,6 +17,7 @@ import pandas as pd
 from pockettune.data.prompts import Example, take_evenly
 from pockettune.evaluation.observers import describe_divergence
 from pockettune.evaluation.reading import LogitsAt, Reading, describe_reading, read_answers
+from pockettune.runtimes.answers import Generation
 from pockettune.tasks import Record, TextTask
 
 Tokens = Sequence[int]
@@ -24,20 +25,8 @@ Tokens = Sequence[int]
 NOISE_ROWS = 16
 
 
-class Generated(Protocol):
-    """What a runtime generated behind one prompt."""
-
-    ids: list[int]  # without the token that ended it
-    ended: bool
-    log_probability: float
-
-
-class Generate(Protocol):
-    """Generates greedily; with a grammar (GBNF) the likeliest token that it allows."""
-
-    def __call__(
-        self, prompts: Sequence[Tokens], *, max_tokens: int, grammar: str | None = None
-    ) -> Iterable[Generated]: ...
+# Takes prompts and max_tokens, and where the runtime has one a grammar (GBNF); generates greedily.
+Generate = Callable[..., Iterable[Generation]]
 
 
 @dataclass
@@ -47,7 +36,7 @@ class TextRuntime:
     prompts: Sequence[Tokens]  # the examples' prompts, in this runtime's own token ids
     logits_at: LogitsAt
     generate: Generate
-    decode: Callable[[Tokens], str]
+    decode: Callable[[Tokens], Any]  # to text
     takes_grammar: bool = False
     facts: dict[str, Any] = field(default_factory=dict)  # worth telling beside the metrics
 
@@ -121,9 +110,7 @@ def score_text(
     readings = {example.id: reading for example, reading in zip(examples, read, strict=True)}
     chosen = take_evenly(records, free_rows or 0) if task.forced else records
     answers = generate_answers(task, runtime, chosen, questions, places)
-    by_record = {
-        group[0].record: answer for group, answer in zip(chosen, answers, strict=True)
-    }
+    by_record = {group[0].record: answer for group, answer in zip(chosen, answers, strict=True)}
     facts: dict[str, Any] = {
         "reading": describe_all(read),
         "generated": {
@@ -185,7 +172,9 @@ def describe_all(read: Sequence[Reading]) -> dict[str, Any]:
     compared = [r for r in read if r.divergence is not None]
     if compared:
         divergence = np.concatenate([r.divergence for r in compared if r.divergence is not None])
-        equal = np.concatenate([r.likeliest_equal for r in compared if r.likeliest_equal is not None])
+        equal = np.concatenate(
+            [r.likeliest_equal for r in compared if r.likeliest_equal is not None]
+        )
         told["kl_vocabulary"] = describe_divergence(divergence)
         told["likeliest_equal"] = float(equal.mean())
     return told

@@ -257,10 +257,18 @@ def cut_batches(
 def logits_at(
     model: LlamaModel, sequences: Sequence[Tokens], places: Sequence[Sequence[int]]
 ) -> Iterator[np.ndarray]:
-    """Yield the logits behind the given places of each sequence, in order: (places, vocabulary), float32."""
+    """Yield the logits behind the given places of each sequence, in order: (places, vocabulary), float32.
+
+    Computed are those from the first place on: what a conversation's users say between its answers too.
+    """
     first = [min(chosen) for chosen in places]
     prompts = [sequence[: begin + 1] for sequence, begin in zip(sequences, first, strict=True)]
     # Behind an answer's last token nothing is computed, whatever it is.
-    answers = [[*s[begin + 1 : max(p) + 1], 0] for s, begin, p in zip(sequences, first, places, strict=True)]
-    for rows, begin, chosen in zip(answer_logits(model, prompts, answers), first, places, strict=True):
+    answers = [
+        [*s[begin + 1 : max(p) + 1], 0]
+        for s, begin, p in zip(sequences, first, places, strict=True)
+    ]
+    for rows, begin, chosen in zip(
+        answer_logits(model, prompts, answers), first, places, strict=True
+    ):
         yield rows[[place - begin for place in chosen]]

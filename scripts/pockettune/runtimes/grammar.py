@@ -1,5 +1,6 @@
 """What a grammar allows next, in llama.cpp's own notation (GBNF) and by its own code, as on the phone."""
 
+import codecs
 import ctypes
 from collections.abc import Collection, Iterator
 
@@ -35,16 +36,19 @@ class Grammar:
                 "grammar: llama.cpp cannot read it; its own words are in the log. It must have a rule"
                 " root, and no rule that begins with itself"
             )
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def close(self) -> None:
         llama_cpp.llama_sampler_free(self.sampler)
 
     def reset(self) -> None:
         """Begin a new answer."""
+        self.decoder.reset()
         llama_cpp.llama_sampler_reset(self.sampler)
 
     def accept(self, token: int) -> None:
         """Go on behind a token that was allowed and does not end the answer."""
+        self.decoder.decode(self.model.piece(token, special=True))
         llama_cpp.llama_sampler_accept(self.sampler, token)
 
     def likeliest(self, logits: np.ndarray) -> int:
@@ -57,11 +61,19 @@ class Grammar:
             allowed = tokens[self.allows(tokens)]
             for token in map(int, allowed):
                 # An end that is not one of ours would be followed by nothing.
-                if token in self.ends or not self.model.stops_at(token):
+                if self.may_end() if token in self.ends else not self.model.stops_at(token):
                     return token
         raise UserError(
             "grammar: no token of the model's vocabulary can follow; it must be able to end"
         )
+
+    def may_end(self) -> bool:
+        """Whether the last character is whole.
+
+        Behind a token that ends one character and begins the next, llama.cpp (0c1e570) forgets that.
+        """
+        begun, _ = self.decoder.getstate()
+        return not begun
 
     def allows(self, tokens: np.ndarray) -> np.ndarray:
         """Return for each token whether it may come next."""

@@ -1,9 +1,6 @@
 """Greedy answers in llama.cpp, as text."""
 
-import ctypes
 from collections.abc import Sequence
-
-import llama_cpp
 
 from pockettune.runtimes.answers import Tokens
 from pockettune.runtimes.generation import generate
@@ -21,9 +18,5 @@ def answer_greedily(model: LlamaModel, prompts: Sequence[Tokens], limit: int) ->
 
 def as_text(model: LlamaModel, tokens: Tokens) -> str:
     """Return the text of tokens; special ones are left out, as a chat program does."""
-    pieces = []
-    for token in tokens:
-        buffer = ctypes.create_string_buffer(256)
-        size = llama_cpp.llama_token_to_piece(model.vocabulary, token, buffer, 256, 0, False)
-        pieces.append(buffer.raw[: max(size, 0)])
+    pieces = (model.piece(token, special=False) for token in tokens)
     return b"".join(pieces).decode("utf-8", "replace")

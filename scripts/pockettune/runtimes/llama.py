@@ -123,6 +123,18 @@ class LlamaModel:
         """Return all tokens with which generation ends."""
         return set(filter(self.stops_at, range(self.vocabulary_size)))
 
+    def piece(self, token: int, special: bool) -> bytes:
+        """Return a token's bytes, which need not be whole characters; `special`: of special ones too."""
+        size = 64
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            length = llama_cpp.llama_token_to_piece(
+                self.vocabulary, token, buffer, size, 0, special
+            )
+            if length >= 0:
+                return buffer.raw[:length]
+            size = -length
+
     def chat_template(self) -> str | None:
         """Return the chat template that the file stores."""
         template = llama_cpp.llama_model_chat_template(self.model, None)

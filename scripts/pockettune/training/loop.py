@@ -99,7 +99,9 @@ class TextValidator:
         """Return the share of the answers' tokens that were the likeliest, and "loss", minus the mean
         log probability of a token; no answers' scores."""
         with without_dropout(model), hardware.autocast():
-            read = list(read_answers(partial(packing.logits_at, model), self.examples, "validation"))
+            read = list(
+                read_answers(partial(packing.logits_at, model), self.examples, "validation")
+            )
         return describe_reading(read), None
 
 
@@ -241,8 +243,8 @@ def cut_batch(batch: Sequence[Example], settings: Settings, device: str) -> Iter
     rows, tokens = _pass_limits(settings)
     limit = min(tokens, packing.TOKENS_A_PASS[device])
 
-    def weigh(example: Example) -> float:
-        return max(len(example.ids()), len(example.learned()) * limit / packing.ROWS_A_PASS)
+    def weigh(example: Example) -> int:
+        return max(len(example.ids()), int(len(example.learned()) * limit / packing.ROWS_A_PASS))
 
     return group_by_tokens(batch, limit, weigh, rows)
 
