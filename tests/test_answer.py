@@ -168,7 +168,7 @@ def count_tokens(record: dict[str, Any]) -> int:
     return 5 + len(record["text"]) - digits // 2
 
 
-@given(st.text("ab12", min_size=1, max_size=80), st.integers(10, 30), st.data())
+@given(st.text("ab12", min_size=1, max_size=80), st.integers(20, 40), st.data())
 def test_windows_hold_every_short_answer(text: str, room: int, data: Any) -> None:
     start = data.draw(st.integers(0, len(text) - 1))
     answer = text[start : start + data.draw(st.integers(1, 3))]
@@ -176,12 +176,10 @@ def test_windows_hold_every_short_answer(text: str, room: int, data: Any) -> Non
     windows = TASK.questions(record, count_tokens, room)
     assert all(count_tokens(window) <= room for window in windows)
     assert any(TASK.answer(window) == answer for window in windows)
-    at = 0
-    for window in windows:  # which leave nothing out
-        at = text.find(window["text"], max(at - 20, 0)) + len(window["text"])
+    for window in windows:
         place = window["answers"][0][1]
         assert window["text"] in text and (place < 0 or window["text"][place:].startswith(answer))
-    assert windows[-1]["text"] == text[-len(windows[-1]["text"]) :] and windows[0]["text"] == text[: len(windows[0]["text"])]  # fmt: skip
+    assert text.startswith(windows[0]["text"]) and text.endswith(windows[-1]["text"])
     assert (len(windows) == 1) == (count_tokens(record) <= room)
 
 

@@ -106,7 +106,9 @@ def test_every_schema_key_is_in_config() -> None:
         if section != "pathvars" and "required" in rules:
             told = set(CONFIG[section])
             for task in ("entities", "answer", "chat"):  # whose own keys stand in their run files
-                told |= set(yaml.safe_load((ROOT / f"runs/{task}.yaml").read_text()).get(section, {}))
+                told |= set(
+                    yaml.safe_load((ROOT / f"runs/{task}.yaml").read_text()).get(section, {})
+                )
             assert set(rules["properties"]) == told, section
 
 
@@ -129,7 +131,9 @@ def test_words_of_types_can_be_told_apart() -> None:
     config["task"]["types"] = {"a": "人: 名", "b": "地名", "c": "地名"}
     with pytest.raises(UserError) as caught:
         check_config(config, SCHEMA)
-    assert "task.types answers the same word for two values: 人: 名, 地名, 地名" in str(caught.value)
+    assert "task.types answers the same word for two values: 人: 名, 地名, 地名" in str(
+        caught.value
+    )
     assert "task.types: '人: 名' holds a colon or a line break; take it out" in str(caught.value)
 
 
