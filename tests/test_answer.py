@@ -7,14 +7,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers.data.metrics.squad_metrics import compute_exact, compute_f1
 
 from conftest import ROOT
 from fetch_dataset import fetch_dataset
 from pockettune.common.errors import UserError
 from pockettune.data.records import read_records, read_table
 from pockettune.tasks.answer import Answer, find_nearest
-from pockettune.tasks.answer_scores import compare_words, score_answer
+from pockettune.tasks.answer_scores import score_answer
 
 CMRC = ROOT.parent / "shared/data/cmrc2018"
 SETTINGS: dict[str, Any] = {
@@ -70,7 +69,10 @@ def test_of_several_answers_one_must_stand_in_the_text() -> None:
     [
         ({"context": " ", "question": None}, "context is empty; question is empty"),
         ({"answers": [3]}, "answer {'text': 3} is not text, nor {text, answer_start}"),
-        ({"answers": "无", "context": "无"}, "answer '无' is task.no_answer; take another word there"),
+        (
+            {"answers": "无", "context": "无"},
+            "answer '无' is task.no_answer; take another word there",
+        ),
     ],
 )
 def test_bad_rows_are_told(row: dict[str, Any], told: str) -> None:
@@ -101,7 +103,7 @@ def test_squad_file_becomes_rows_of_questions(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
     assert "row 1: answer '广州' does not stand in its context; train, row 3: answer '深圳'" in str(caught.value)  # fmt: skip
     path.write_text('{"data": [{"paragraphs": [{"context": "a"}]}]}')
-    with pytest.raises(UserError, match="is not in SQuAD's layout, .* 'qas' is missing"):
+    with pytest.raises(UserError, match=r"is not in SQuAD's layout, .* 'qas' is missing"):
         read_table(path, ["context"])
 
 
@@ -126,20 +128,33 @@ def test_scores_by_character_are_those_of_cmrc(
     assert score_answer(golds, answer, "characters") == (em, pytest.approx(f1, abs=1e-15))
 
 
-WORDS = st.text("aAnthe 12.,'-!x中", max_size=12)
+# By compute_exact and compute_f1 of SQuAD's evaluate-v2.0.py.
+BY_SQUAD = [
+    ("the U.S. Army", "us army", 1, 1.0),
+    ("Denver Broncos", "the broncos of Denver, Denver", 0, 0.6666666666666666),
+    ("10,000", "10000", 1, 1.0),
+    ("an", "the", 1, 1),
+    ("well-known", "well known", 0, 0),
+    ("Saint Mary", "Mary", 0, 0.6666666666666666),
+    ("", "the", 1, 1),
+    ("", "x", 0, 0),
+]
 
 
-@given(WORDS, WORDS)
-def test_scores_by_word_are_those_of_squad(gold: str, answer: str) -> None:
-    exact, f1 = compare_words(gold, answer)
-    assert (exact, f1) == (compute_exact(gold, answer), pytest.approx(compute_f1(gold, answer)))
+@pytest.mark.parametrize(("gold", "answer", "em", "f1"), BY_SQUAD)
+def test_scores_by_word_are_those_of_squad(gold: str, answer: str, em: int, f1: float) -> None:
+    assert score_answer([gold] if gold else [], answer, "words") == (em, pytest.approx(f1))
 
 
 def test_scores_of_questions_with_and_without_answers() -> None:
     references = [["上海"], ["北京", "京"], [], []]
     predictions = ["上海", "北", "", "上海"]
     scores = TASK.score(references, predictions)
-    assert scores["answerable"] == {"f1": pytest.approx((1 + 2 / 3) / 2), "exact_match": 0.5, "n": 2}
+    assert scores["answerable"] == {
+        "f1": pytest.approx((1 + 2 / 3) / 2),
+        "exact_match": 0.5,
+        "n": 2,
+    }
     assert scores["unanswerable"] == {"f1": 0.5, "exact_match": 0.5, "n": 2}
     sums = [sum(n) for n in zip(*map(TASK.counts, references, predictions), strict=True)]
     assert TASK.measure(sums) == scores["f1"] and sums[0] / sums[2] == scores["exact_match"]
@@ -153,7 +168,7 @@ def count_tokens(record: dict[str, Any]) -> int:
     return 5 + len(record["text"]) - digits // 2
 
 
-@given(st.text("ab12", min_size=1, max_size=80), st.integers(10, 30), st.data())
+@given(st.text("ab12", min_size=1, max_size=80), st.integers(20, 40), st.data())
 def test_windows_hold_every_short_answer(text: str, room: int, data: Any) -> None:
     start = data.draw(st.integers(0, len(text) - 1))
     answer = text[start : start + data.draw(st.integers(1, 3))]
@@ -161,12 +176,10 @@ def test_windows_hold_every_short_answer(text: str, room: int, data: Any) -> Non
     windows = TASK.questions(record, count_tokens, room)
     assert all(count_tokens(window) <= room for window in windows)
     assert any(TASK.answer(window) == answer for window in windows)
-    at = 0
-    for window in windows:  # which leave nothing out
-        at = text.find(window["text"], max(at - 20, 0)) + len(window["text"])
+    for window in windows:
         place = window["answers"][0][1]
         assert window["text"] in text and (place < 0 or window["text"][place:].startswith(answer))
-    assert windows[-1]["text"] == text[-len(windows[-1]["text"]) :] and windows[0]["text"] == text[: len(windows[0]["text"])]  # fmt: skip
+    assert text.startswith(windows[0]["text"]) and text.endswith(windows[-1]["text"])
     assert (len(windows) == 1) == (count_tokens(record) <= room)
 
 

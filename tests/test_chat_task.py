@@ -55,7 +55,9 @@ def test_three_traditions_give_the_same_conversations(suffix: str, tmp_path: Pat
 
 
 def test_input_and_system_of_a_row() -> None:
-    task = Chat({**SETTINGS, "system": "of task"}, {"text_column": "instruction", "label_column": "output"})
+    task = Chat(
+        {**SETTINGS, "system": "of task"}, {"text_column": "instruction", "label_column": "output"}
+    )
     row = {"instruction": "Translate", "input": "chat", "output": "猫", "system": "of row"}
     assert task.read(row)["messages"] == [
         {"role": "system", "content": "of row"},

@@ -1,9 +1,12 @@
 """Entities: three ways to label a row, the answer and back, places in the text, and scores as seqeval's."""
 
+import ctypes
 import json
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +15,7 @@ from conftest import ROOT
 from fetch_dataset import fetch_dataset
 from pockettune.common.errors import UserError
 from pockettune.data.records import read_records, read_table
-from pockettune.tasks import as_text_task, entity_answers
+from pockettune.tasks import as_text_task, entities, entity_answers
 from pockettune.tasks.entities import Entities
 from pockettune.tasks.entity_answers import JSON, LINES, place_names
 from pockettune.tasks.entity_rows import join_tokens, read_entities
@@ -126,9 +129,9 @@ NAMES = st.lists(
 
 
 @given(NAMES)
-def test_answer_is_read_as_it_was_written(entities: list[tuple[str, str]]) -> None:
+def test_answer_is_read_as_it_was_written(names: list[tuple[str, str]]) -> None:
     for form in (LINES, JSON):
-        assert form.read(form.write(entities)) == entities
+        assert form.read(form.write(names)) == names
 
 
 def test_answer_and_back() -> None:
@@ -142,7 +145,9 @@ def test_answer_and_back() -> None:
 
 def test_names_take_places_left_to_right() -> None:
     text = "北京的北京大学在北京"
-    found = place_names([("地名", "北京"), ("组织", "北京大学"), ("地名", "北京"), ("地名", "北京")], text)
+    found = place_names(
+        [("地名", "北京"), ("组织", "北京大学"), ("地名", "北京"), ("地名", "北京")], text
+    )
     assert found == [("地名", "北京", 0, 2), ("组织", "北京大学", 3, 7), ("地名", "北京", 8, 10), ("地名", "北京", -1, -1)]  # fmt: skip
     # Out of order it is found all the same, and a place is given once.
     assert place_names([("地名", "在"), ("地名", "北京大学"), ("地名", "京大")], text)[1:] == [
@@ -156,6 +161,59 @@ def test_text_that_was_cut_or_defused_keeps_its_entities_right() -> None:
     assert cut and TASK.answer(cut) == "人名: 王小明"
     clean = TASK.clean(record, lambda text: text.replace("<s>", "< s>"))
     assert TASK.answer(clean) == TASK.answer(record) and clean["text"] == "< s>王小明< s>在北京"
+
+
+VOCABULARY = sorted(ROOT.glob("resources/llama.cpp-*/models/ggml-vocab-qwen2.gguf"))
+TOKEN = np.dtype([("id", "i4"), ("logit", "f4"), ("p", "f4")])  # llama_token_data
+
+
+class Reader:
+    """Reads texts by a grammar, as llama.cpp does, with a vocabulary and no model."""
+
+    def __init__(self, path: Path) -> None:
+        options = llama_cpp.llama_model_default_params()
+        options.vocab_only = True
+        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), options)
+        self.words = llama_cpp.llama_model_get_vocab(self.model)
+
+    def accepts(self, grammar: str, text: str) -> bool:
+        sampler = llama_cpp.llama_sampler_init_grammar(self.words, grammar.encode(), b"root")
+        assert sampler, grammar
+        ids, given = (llama_cpp.llama_token * 512)(), text.encode()
+        count = llama_cpp.llama_tokenize(self.words, given, len(given), ids, 512, False, False)
+        for token in [*ids[:count], llama_cpp.llama_vocab_eos(self.words)]:
+            asked = np.zeros(1, TOKEN)
+            asked["id"] = token
+            data = asked.ctypes.data_as(llama_cpp.llama_token_data_p)
+            array = llama_cpp.llama_token_data_array(data, 1, -1, False)
+            llama_cpp.llama_sampler_apply(sampler, ctypes.byref(array))
+            if not np.isfinite(asked["logit"][0]):
+                break
+            llama_cpp.llama_sampler_accept(sampler, token)
+        llama_cpp.llama_sampler_free(sampler)
+        return bool(np.isfinite(asked["logit"][0]))
+
+
+@pytest.mark.skipif(not VOCABULARY, reason="llama.cpp's vocabularies are not here (make setup)")
+def test_grammar_allows_what_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = Reader(VOCABULARY[0])
+    allowed = ["无", "人名: 王小明", '人名: 王\n地名: 北京 大学"\\']
+    refused = [
+        "",
+        "无无",
+        "国名: 甲",
+        "人名: ",
+        "人名:王",
+        "人名: 王\n",
+        "人名:  王",
+        f"人名: {'字' * 65}",
+    ]
+    for text in [*allowed, *refused]:
+        assert reader.accepts(TASK.grammar(), text) == (text in allowed), text
+    monkeypatch.setattr(entities, "FORMAT", JSON)
+    allowed = ["无", '[["人名","王小明"],["地名","a\\"b"]]']
+    for text in [*allowed, "[]", '[["国名","甲"]]', '[["人名",""]]', '[["人名","王"],]']:
+        assert reader.accepts(TASK.grammar(), text) == (text in allowed), text
 
 
 # By seqeval 1.2.2 (f1_score, classification_report) on the same tags.
@@ -175,7 +233,11 @@ def test_scores_are_those_of_seqeval() -> None:
     assert scores["macro_f1"] == pytest.approx(0.5333333333333333, abs=1e-15)
     assert scores["precision"] == pytest.approx(0.5714285714285714, abs=1e-15)
     assert scores["recall"] == pytest.approx(0.6666666666666666, abs=1e-15)
-    assert {k: v["f1"] for k, v in scores["per_type"].items()} == {"PER": 0.8, "LOC": 0.8, "ORG": 0.0}
+    assert {k: v["f1"] for k, v in scores["per_type"].items()} == {
+        "PER": 0.8,
+        "LOC": 0.8,
+        "ORG": 0.0,
+    }
     assert scores["errors"] == {"type": 1, "boundary": 1, "missing": 0, "made_up": 1, "not_in_text": 0}  # fmt: skip
     sums = [sum(n) for n in zip(*map(TASK.counts, references, predictions), strict=True)]
     assert TASK.measure(sums) == scores["micro_f1"]
@@ -184,7 +246,12 @@ def test_scores_are_those_of_seqeval() -> None:
 def test_errors_by_kind() -> None:
     gold = [["人名", "王小明", 0, 3], ["地名", "北京", 4, 6]]
     said = [["人名", "小明", 1, 3], ["组织", "学", 7, 8], ["人名", "张三", -1, -1]]
-    assert kinds_of_error(gold, said) == {"boundary": 1, "made_up": 1, "not_in_text": 1, "missing": 1}
+    assert kinds_of_error(gold, said) == {
+        "boundary": 1,
+        "made_up": 1,
+        "not_in_text": 1,
+        "missing": 1,
+    }
     assert kinds_of_error(gold, None)["missing"] == 2
     assert TASK.counts(gold, said) == (0, 2, 2) and TASK.counts(gold, None) == (0, 0, 2)
 

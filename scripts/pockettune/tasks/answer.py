@@ -124,7 +124,7 @@ class Answer:
                 " tokenize.max_length"
             )
         frame = count_tokens({**record, "text": ""})
-        a_token = len(text) / (tokens - frame)  # characters
+        a_token = len(text) / max(tokens - frame, 1)  # characters
         overlap, width = int(self.stride * a_token), int((room - frame) * a_token)
         while width > overlap:
             begins = range(0, len(text) - overlap, width - overlap)
