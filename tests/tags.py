@@ -54,6 +54,9 @@ class Tags:
     def parse(self, text: str, record: Record | None = None) -> list[str] | None:
         return sorted(set(text) - {NONE})
 
+    def salvage(self, text: str) -> str:
+        return text
+
     def combine(self, predictions: Sequence[Any], log_probabilities: Sequence[float]) -> Any:
         return predictions[0]
 

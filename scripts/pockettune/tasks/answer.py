@@ -155,6 +155,9 @@ class Answer:
         said = text.strip()
         return "" if said and said == self.no_answer else said or None
 
+    def salvage(self, text: str) -> str:
+        return text
+
     def combine(
         self, predictions: Sequence[str | None], log_probabilities: Sequence[float]
     ) -> str | None:
