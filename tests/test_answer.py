@@ -214,9 +214,12 @@ def test_defused_text_keeps_its_answer() -> None:
 
 @pytest.mark.skipif(not CMRC.exists(), reason="the CMRC 2018 files are not here")
 def test_cmrc_is_read_and_its_own_answers_are_right() -> None:
-    records = []
+    records, faults = [], []
     for row in read_table(CMRC / "trial.json", TASK.columns).to_dict("records"):
-        records.append(TASK.read({str(key): cell for key, cell in row.items()}))
-    assert len(records) == 1002
+        try:
+            records.append(TASK.read({str(key): cell for key, cell in row.items()}))
+        except ValueError as error:
+            faults.append(str(error))
+    assert len(records) == 1001 and faults == ["question is empty"]
     scores = TASK.score(list(map(TASK.reference, records)), list(map(TASK.answer, records)))
-    assert scores == {"f1": 1, "exact_match": 1, "n": 1002, "answerable": {"f1": 1, "exact_match": 1, "n": 1002}}  # fmt: skip
+    assert scores == {"f1": 1, "exact_match": 1, "n": 1001, "answerable": {"f1": 1, "exact_match": 1, "n": 1001}}  # fmt: skip
