@@ -25,6 +25,7 @@ rule bundle:
         "<results>/benchmarks/bundle.tsv"
     conda:
         "../envs/llama_cpp.yaml"
+    threads: 4
     resources:
         mem_mb=memory(4000),
         runtime="30m",
@@ -33,7 +34,7 @@ rule bundle:
     shell:
         command(
             "params.settings input.model input.tokens input.records input.gguf input.choice"
-            " input.predictions input.metrics input.card input.page output=output.bundle"
+            " input.predictions input.metrics input.card input.page threads output=output.bundle"
         )
 
 

@@ -33,6 +33,7 @@ from pockettune.workflow.pins import (
     unpin_others,
 )
 from pockettune.common.errors import UserError
+from pockettune.data.task_template import check_template
 from pockettune.machine.estimate import request
 from pockettune.machine.run import Run
 from pockettune.tasks import as_text_task, load_task
@@ -67,6 +68,7 @@ PAGE = [
         "index.html",
         "manifest.webmanifest",
         "sw.js",
+        "text.js",
     ]
 ]
 
@@ -102,7 +104,9 @@ if NOT_PINNED and workflow.is_main_process:
     print(f"warning: {NOT_PINNED}", file=sys.stderr)
 # Answers of text are generated, and scored otherwise than labels.
 with mistakes_in_one_line():
-    TEXT = as_text_task(load_task(config["task"], config["dataset"])) is not None
+    TASK = load_task(config["task"], config["dataset"])
+    check_template(TASK, config["card"]["template"])
+    TEXT = as_text_task(TASK) is not None
     if TEXT:
         check_text(config)
 drop_idle(config, TEXT)

@@ -16,7 +16,7 @@ from small_run import RUN, reviews
 from test_workflow import planned
 
 TEXT = ("--configfile", "runs/tags.yaml")
-LINE = 'TASKS: dict[str, Callable[..., Any]] = {"classification": Classification'
+LINE = '    "classification": Classification,'
 
 
 def tags_of(text: str) -> list[str]:
@@ -32,7 +32,7 @@ def write_tags(folder: Path) -> None:
         Path(__file__).with_name("tags.py"), folder / "scripts/pockettune/tasks/tags.py"
     )
     tasks = folder / "scripts/pockettune/tasks/__init__.py"
-    text = tasks.read_text().replace(LINE, LINE + ', "tags": Tags')
+    text = tasks.read_text().replace(LINE, LINE + '\n    "tags": Tags,')
     assert '"tags": Tags' in text
     tasks.write_text(
         text.replace(

@@ -65,10 +65,14 @@ class Verdict:
     cause: str | None  # a key of CAUSES, where rows are wrong
     other_length: int  # rows whose prompt had another number of tokens than was scored
     largest_difference: float | None  # of a label's log probability, where the server tells them
+    text: bool = False  # whether answers are text, and no labels
+    first_parting: int | None = None  # of the first wrong row, the token at which its text parts
 
 
 def messages_of(task: Mapping[str, Any], row: Row, spelled: bool = False) -> list[dict[str, str]]:
     """Return what a chat program sends; `spelled` out, also to a file that writes the prompt itself."""
+    if "messages" in row:
+        return list(row["messages"])
     if task["template"] == "task" and not spelled:
         return [{"role": "user", "content": row["message"]}]
     content = row["message"]
@@ -80,6 +84,8 @@ def messages_of(task: Mapping[str, Any], row: Row, spelled: bool = False) -> lis
 
 def judge(row: Row, reply: Reply) -> str:
     """Return right, near, runs on, or wrong."""
+    if "labels" not in row:
+        return judge_text(row, reply.text)
     said, answer = reply.text.strip(), row["answer"]
     if said == answer:
         return "right"
@@ -88,6 +94,33 @@ def judge(row: Row, reply: Reply) -> str:
         lost = max(scores) - row["labels"][said]["log_probability"]
         return "near" if lost < NEAR else "wrong"
     return "runs on" if said.startswith(answer) else "wrong"
+
+
+def judge_text(row: Row, text: str) -> str:
+    """Return the same of an answer of text: near where it parts from it at a token that was near another."""
+    token = find_parting(row, text)
+    if token is None:
+        return "right"
+    if row["margins"][token] < NEAR:
+        return "near"
+    return "runs on" if token == len(row["answer_ids"]) else "wrong"
+
+
+def find_parting(row: Row, text: str) -> int | None:
+    """Return the first token of a scored answer that a text does not have; None where it has all.
+
+    Behind the last token comes the end, which an answer that was cut off has not.
+    """
+    answer = row["answer"]
+    if text.strip() == answer.strip():
+        return None
+    spaces = len(answer) - len(answer.lstrip())  # which servers leave out
+    pairs = zip(answer, answer[:spaces] + text.lstrip(), strict=False)
+    equal = next((place for place, (a, b) in enumerate(pairs) if a != b), None)
+    if equal is None:
+        equal = min(len(answer), spaces + len(text.lstrip()))
+    token = next((n for n, end in enumerate(row["ends"]) if end > equal), len(row["ends"]))
+    return token if token < len(row["margins"]) else None
 
 
 def replay(task: Mapping[str, Any], rows: Sequence[Row], server: Server) -> Verdict:
@@ -115,6 +148,10 @@ def replay(task: Mapping[str, Any], rows: Sequence[Row], server: Server) -> Verd
             for row, reply in zip(rows, replies, strict=True)
         ),
         largest_difference=max(differences, default=None),
+        text="labels" not in rows[0],
+        first_parting=find_parting(wrong[0][0], wrong[0][1].text)
+        if wrong and "labels" not in rows[0]
+        else None,
     )
 
 
@@ -149,16 +186,23 @@ def find_cause(task: Mapping[str, Any], rows: Sequence[Row], server: Server) -> 
         return "unknown"
     if not mends(raw):
         return "other file"
-    if task["system"]:
-        bare = ask(lambda row: server.chat(messages_of(task, row, spelled=True)[1:], greedy=True))
+    talks = [messages_of(task, row, spelled=True) for row in rows]
+    if all(talk[0]["role"] == "system" for talk in talks):
+        bare = [server.chat(talk[1:], greedy=True) for talk in talks]
         if bare == spelled:
             return "system prompt"
     return "template"
 
 
 def compare_scores(row: Row, reply: Reply) -> list[float]:
-    """Return how far the log probabilities of labels of one token are from those scored, in nats."""
+    """Return how far the log probabilities of labels of one token are from those scored, in nats.
+
+    Of an answer of text, that of its first token.
+    """
     found = []
+    if "labels" not in row:
+        score = reply.first.get(row["answer_ids"][0]) if row["answer_ids"] else None
+        return [] if score is None else [abs(score - row["log_probabilities"][0])]
     for word, label in row["labels"].items():
         if len(label["ids"]) == 1:
             score = reply.first.get(label["ids"][0], reply.first.get(word))
@@ -172,14 +216,15 @@ def describe(verdict: Verdict, rows: int, stop: str) -> str:
     told = f"{verdict.right} of {rows} rows are answered as scored"
     if verdict.near:
         told += (
-            f", {len(verdict.near)} otherwise whose two best labels were closer than {NEAR} nats"
-            f" ({', '.join(verdict.near[:5])}), as another build may"
+            f", {len(verdict.near)} otherwise whose two best {'tokens' if verdict.text else 'labels'} were closer"
+            f" than {NEAR} nats ({', '.join(verdict.near[:5])}), as another build may"
         )
     if verdict.wrong:
         identity, answer, said = verdict.wrong[0]
         assert verdict.cause is not None
         told += (
-            f"; {len(verdict.wrong)} are not, first {identity}: scored {answer!r}, answered {said[:60]!r};"
+            f"; {len(verdict.wrong)} are not, first {identity}: scored {answer[:60]!r}, answered {said[:60]!r}"
+            f"{'' if verdict.first_parting is None else f', parts at token {verdict.first_parting + 1}'};"
             f" cause: {verdict.cause}: {CAUSES[verdict.cause].format(stop=stop)}"
         )
     if verdict.other_length:

@@ -94,6 +94,9 @@ class TextTask(Task, Protocol):
     def reference(self, record: Record) -> Any:
         """Return what is compared with the prediction of a whole record."""
 
+    def salvage(self, text: str) -> str:
+        """Return what of an answer can be used that did not end within max_answer_tokens."""
+
     def combine(self, predictions: Sequence[Any], log_probabilities: Sequence[float]) -> Any:
         """Return the prediction of a record out of those of its questions."""
 

@@ -124,7 +124,7 @@ class Answer:
                 " tokenize.max_length"
             )
         frame = count_tokens({**record, "text": ""})
-        a_token = len(text) / (tokens - frame)  # characters
+        a_token = len(text) / max(tokens - frame, 1)  # characters
         overlap, width = int(self.stride * a_token), int((room - frame) * a_token)
         while width > overlap:
             begins = range(0, len(text) - overlap, width - overlap)
@@ -154,6 +154,9 @@ class Answer:
         """Return what was answered, "" for no answer; None where nothing was said."""
         said = text.strip()
         return "" if said and said == self.no_answer else said or None
+
+    def salvage(self, text: str) -> str:
+        return text
 
     def combine(
         self, predictions: Sequence[str | None], log_probabilities: Sequence[float]

@@ -109,6 +109,9 @@ class Chat:
     def parse(self, text: str, record: Mapping[str, Any] | None = None) -> str | None:
         return text.strip() or None
 
+    def salvage(self, text: str) -> str:
+        return text
+
     def combine(
         self, predictions: Sequence[Sequence[float]], log_probabilities: Sequence[float]
     ) -> list[float]:

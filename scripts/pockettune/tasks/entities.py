@@ -117,6 +117,10 @@ class Entities:
             return None
         return [list(entity) for entity in place_names(entities, record["text"] if record else "")]
 
+    def salvage(self, text: str) -> str:
+        """Return the lines before the last, which may stop within a name."""
+        return text.rpartition("\n")[0]
+
     def combine(self, predictions: Sequence[Any], log_probabilities: Sequence[float]) -> Any:
         return predictions[0]
 

@@ -315,6 +315,8 @@ def _unusable_task(task: Config, dataset: Config) -> Iterator[str]:
             yield f"task.{key} answers the same word for two values: {', '.join(words)}"
         if spaced := [repr(word) for word in words if word != word.strip()]:
             yield f"task.{key}: {', '.join(spaced)} begins or ends with a space; take it away"
+    if broken := [word for word in task.get("types", {}).values() if ":" in word or "\n" in word]:
+        yield f"task.types: {list_faults([*map(repr, broken)])} holds a colon or a line break; take it out"
 
 
 def _fill_task(config: Config) -> None:
