@@ -132,7 +132,9 @@ def test_flips_carry_their_text() -> None:
     shown = {row: {"text": f"text of {row}", "reference": answer} for row, answer in records}
     flips = list_flips(TABLES, shown)
     assert flips == {
-        "q4": [{"id": "test-4", "text": "text of test-4", "reference": "差", "f16": "差", "now": "好"}],
+        "q4": [
+            {"id": "test-4", "text": "text of test-4", "reference": "差", "f16": "差", "now": "好"}
+        ],
         "q8": [],
     }
 

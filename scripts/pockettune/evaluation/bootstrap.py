@@ -65,5 +65,7 @@ def compare_counts(before: np.ndarray, after: np.ndarray, measure: Measure) -> d
         "difference": difference,
         "interval": interval(TWO_SIDED),
         "one_sided": interval(ONE_SIDED),
-        "detectable": max((ONE_SIDED + POWER) * float(differences.std()), unseen(ONE_SIDED + POWER)),
+        "detectable": max(
+            (ONE_SIDED + POWER) * float(differences.std()), unseen(ONE_SIDED + POWER)
+        ),
     }
