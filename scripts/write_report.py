@@ -25,12 +25,8 @@ from pockettune.evaluation.choice import choose, read_limits, say_why
 from pockettune.evaluation.verdict import not_decided, say
 
 FLIPS_SHOWN = 40  # of each file
-FURTHER = (
-    "exact_match",
-    "macro_f1",
-    "precision",
-    "recall",
-)  # beside a text task's metric, where it has them
+# Beside the metric of a task of text, where it has them.
+FURTHER = ("exact_match", "macro_f1", "precision", "recall")
 
 
 def gather(arguments: argparse.Namespace, words: Words = english) -> dict[str, Any]:
@@ -38,11 +34,7 @@ def gather(arguments: argparse.Namespace, words: Words = english) -> dict[str, A
     plots.use_style()
     settings = without_folders(arguments.settings)
     stages = program.read_json(arguments.metrics)["stages"]
-    training = program.read_json(arguments.adapter / "training.json")
-    if "imported_from" in training:
-        training["imported_from"] = last_part(training["imported_from"])
-    if training.get("teacher"):
-        training["teacher"] = name_teacher(training["teacher"])
+    training = read_training(arguments.adapter)
     source = program.read_json(arguments.base / "source.json")
     if settings["model"]["path"]:  # else it is owner/name@revision
         source["origin"] = last_part(source["origin"])
@@ -83,6 +75,16 @@ def gather(arguments: argparse.Namespace, words: Words = english) -> dict[str, A
         "config": settings,
         "settings": json.dumps(settings, ensure_ascii=False, indent=2),
     }
+
+
+def read_training(adapter: Path) -> dict[str, Any]:
+    """Return an adapter's training.json with the names of files alone, as without_folders has them."""
+    training: dict[str, Any] = program.read_json(adapter / "training.json")
+    if "imported_from" in training:
+        training["imported_from"] = last_part(training["imported_from"])
+    if training.get("teacher"):
+        training["teacher"] = name_teacher(training["teacher"])
+    return training
 
 
 def is_text(stages: Mapping[str, Any]) -> bool:
@@ -178,7 +180,8 @@ def say_changed(small: Mapping[str, Any], words: Words) -> str:
     if "reading" not in small:
         flips = small["against_f16"]["flips"]
         return say_count(flips, words, "{n} answer changed", "{n} answers changed")
-    if parting := small["parting"]["rows"] and small["parting"]:
+    parting = small["parting"]
+    if parting["rows"]:
         return words(
             "{equal} of {n} written answers the same to the end",
             equal=f"{parting['equal']:,}",
