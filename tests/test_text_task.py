@@ -136,3 +136,13 @@ def test_keys_that_go_by_labels_are_refused(text_run: Path) -> None:
         "train.class_weights: balanced, model.keep_layers.choose: auto: made for labels"
         in result.stdout
     )
+
+
+@pytest.mark.parametrize("name", ["entities", "answer", "chat"])
+def test_run_file_of_a_task_can_be_planned(name: str, text_run: Path) -> None:
+    run = yaml.safe_load((text_run / f"runs/{name}.yaml").read_text())
+    for path in run["dataset"]["files"].values():
+        (text_run / path).parent.mkdir(parents=True, exist_ok=True)
+        (text_run / path).write_text("{}\n")
+    jobs = planned(text_run, "--configfile", f"runs/{name}.yaml")
+    assert jobs["train"] == jobs["evaluate_f16"] == 1 and "evaluate_tfidf" not in jobs

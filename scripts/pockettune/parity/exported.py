@@ -117,7 +117,7 @@ def conversations(
     of_task = settings["card"]["template"] == "task"
     if not of_task and task.template_options:
         return []
-    asked: list[tuple[list[dict[str, str]], str]] = []
+    asked: list[tuple[Sequence[dict[str, str]], str]] = []
     for example in examples:
         record = dict(records[example.id])
         if example.cut or (example.defused and not of_task):
