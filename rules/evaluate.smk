@@ -169,7 +169,7 @@ use rule evaluate_f16 as evaluate_variant with:
     benchmark:
         "<results>/benchmarks/evaluate_{variant}.tsv"
     wildcard_constraints:
-        variant="|".join(VARIANTS),
+        variant="|".join(GGUF_VARIANTS),
 
 
 # It measures time: with --cores 4 it runs alone, on a cluster it has its cores to itself.
@@ -184,7 +184,7 @@ rule measure_speed:
     benchmark:
         "<results>/benchmarks/measure_speed_{file}.tsv"
     wildcard_constraints:
-        file="|".join(["f16", *VARIANTS]),
+        file="|".join(["f16", *GGUF_VARIANTS]),
     conda:
         "../envs/llama_cpp.yaml"
     threads: 4
@@ -231,7 +231,7 @@ rule choose:
         **program("choose_file"),
         metrics="<results>/metrics.json",
         speed=expand("<results>/speed/{file}.json", file=["f16", *VARIANTS]),
-        files=expand("<results>/{variant}.gguf", variant=VARIANTS),
+        files=expand("<results>/{variant}.gguf", variant=GGUF_VARIANTS),
     output:
         json="<results>/best.json",
         gguf="<results>/best.gguf",
@@ -262,6 +262,7 @@ rule report:
         flips="<results>/flips.json",
         samples=SAMPLES,
         parity="<results>/parity.json",
+        format_parity=expand("<results>/parity_{kind}.json", kind=FORMATS),
         speed=expand("<results>/speed/{file}.json", file=["f16", *VARIANTS]),
         audit="<results>/dataset/audit.json",
         benchmarks=expand("<results>/benchmarks/{job}.tsv", job=JOBS),
@@ -285,6 +286,7 @@ rule report:
     shell:
         command(
             "params.settings input.templates input.sentences input.metrics input.flips input.samples input.parity"
-            " input.speed input.audit input.vocabulary input.tokens input.adapter input.base input.benchmarks"
+            " format-parity=input.format_parity input.speed"
+            " input.audit input.vocabulary input.tokens input.adapter input.base input.benchmarks"
             " output.html output.card"
         )

@@ -14,6 +14,7 @@ Output  metrics.json: {"stages": {stage: {n, accuracy, macro_f1, unseen, size_by
 
 import argparse
 import json
+from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import pandas as pd
 
 from pockettune.common import program
 from pockettune.common.errors import UserError
+from pockettune.common.formats import FOREIGN, GGUF, float_rung
 from pockettune.data.prompts import take_evenly
 from pockettune.data.records import read_records
 from pockettune.evaluation.bootstrap import compare_counts, metric_interval
@@ -40,6 +42,7 @@ from pockettune.tasks import Record, Task, TextTask, as_text_task, load_task
 
 BASELINE, REFERENCE = "tfidf", "f16"
 SAMPLES = 12
+RUNGS = [float_rung(kind) for kind in FOREIGN]
 REMEDY = "remove predictions/ and run again, so that all are scored anew"
 
 
@@ -57,9 +60,8 @@ def compare_stages(
     stages = {}
     names = list(predictions)
     for place, name in enumerate(names):
-        # Every variant is made of F16; any other stage of the one before it.
         after_reference = REFERENCE in names and place > names.index(REFERENCE)
-        before = REFERENCE if after_reference else names[max(place - 1, 0)]
+        before = stage_before(name, names, metrics[name].get("format", GGUF))
         table, entry = predictions[name], {**metrics[name]}
         entry["score"] = entry[entry["metric"]]
         entry |= describe_text(task, table) if task else describe_labels(table)
@@ -81,10 +83,25 @@ def compare_stages(
             reference, scored = common_rows(predictions[REFERENCE], table)
             divergence = kl_divergence(label_probabilities(reference), label_probabilities(scored))
             entry["kl_labels"] = describe_divergence(divergence)
-        if training.get("temperature") and (name == REFERENCE or after_reference):
+        is_file = name == REFERENCE or (after_reference and name not in RUNGS)
+        if training.get("temperature") and is_file:
             entry["at_temperature"] = calibrate(table, training)
         stages[name] = entry
     return {"stages": stages}
+
+
+def stage_before(name: str, names: Sequence[str], kind: str) -> str:
+    """Return the stage that one was made of; the first of all of itself.
+
+    A GGUF file is made of F16, a file of another format of that format's float rung, a rung of what F16
+    is made of, and any other stage of the one before it.
+    """
+    place = names.index(name)
+    if REFERENCE not in names or place <= names.index(REFERENCE):
+        return names[max(place - 1, 0)]
+    if name in RUNGS:
+        return names[names.index(REFERENCE) - 1]
+    return REFERENCE if kind == GGUF else float_rung(kind)
 
 
 def describe_labels(table: pd.DataFrame) -> dict[str, Any]:
@@ -222,6 +239,8 @@ def list_flips(
     flips = {}
     f16 = predictions[REFERENCE]
     for name, table in list(predictions.items())[list(predictions).index(REFERENCE) + 1 :]:
+        if name in RUNGS:
+            continue
         assert len(table) == len(f16), "files are all scored on the same rows"
         # Of text what was generated is shown; a row that was only read has none.
         said = "answer" if "answer" in table else "prediction"

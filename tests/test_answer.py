@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import ROOT
@@ -168,6 +168,7 @@ def count_tokens(record: dict[str, Any]) -> int:
     return 5 + len(record["text"]) - digits // 2
 
 
+@settings(deadline=None, database=None)
 @given(st.text("ab12", min_size=1, max_size=80), st.integers(20, 40), st.data())
 def test_windows_hold_every_short_answer(text: str, room: int, data: Any) -> None:
     start = data.draw(st.integers(0, len(text) - 1))
@@ -214,9 +215,12 @@ def test_defused_text_keeps_its_answer() -> None:
 
 @pytest.mark.skipif(not CMRC.exists(), reason="the CMRC 2018 files are not here")
 def test_cmrc_is_read_and_its_own_answers_are_right() -> None:
-    records = []
+    records, faults = [], []
     for row in read_table(CMRC / "trial.json", TASK.columns).to_dict("records"):
-        records.append(TASK.read({str(key): cell for key, cell in row.items()}))
-    assert len(records) == 1002
+        try:
+            records.append(TASK.read({str(key): cell for key, cell in row.items()}))
+        except ValueError as error:
+            faults.append(str(error))
+    assert len(records) == 1001 and faults == ["question is empty"]
     scores = TASK.score(list(map(TASK.reference, records)), list(map(TASK.answer, records)))
-    assert scores == {"f1": 1, "exact_match": 1, "n": 1002, "answerable": {"f1": 1, "exact_match": 1, "n": 1002}}  # fmt: skip
+    assert scores == {"f1": 1, "exact_match": 1, "n": 1001, "answerable": {"f1": 1, "exact_match": 1, "n": 1001}}  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import ROOT
@@ -128,6 +128,7 @@ NAMES = st.lists(
 )  # fmt: skip
 
 
+@settings(deadline=None, database=None)
 @given(NAMES)
 def test_answer_is_read_as_it_was_written(names: list[tuple[str, str]]) -> None:
     for form in (LINES, JSON):

@@ -264,7 +264,7 @@ def test_samples_are_what_every_stage_answered() -> None:
 
 
 def test_reference_of_a_conversation_has_every_turn() -> None:
-    settings = {"system": None, "template_options": {}, "max_answer_tokens": 8}
+    settings: dict[str, Any] = {"system": None, "template_options": {}, "max_answer_tokens": 8}
     task = Chat(settings, {"text_column": "messages", "label_column": None})
     turns = [("user", "一"), ("assistant", "二"), ("user", "三"), ("assistant", "四")]
     messages = [{"role": role, "content": content} for role, content in turns]
@@ -277,7 +277,7 @@ def test_leaderboard_names_the_metric() -> None:
            "f16_score": 0.75, "size_bytes": 1, "prompt_rate": 1.0}  # fmt: skip
     metric = common_metric([row])
     table = as_table(group_seeds([row]), metric)
-    assert table.loc[0, ["micro_f1", "f16_micro_f1", "mean_micro_f1"]].tolist() == [0.5, 0.75, 0.5]
+    assert [table.loc[0, name] for name in ("micro_f1", "f16_micro_f1", "mean_micro_f1")] == [0.5, 0.75, 0.5]
     assert not {"score", "metric", "accuracy"} & set(table)
     with pytest.raises(UserError, match="accuracy and micro_f1, and cannot be put into one order"):
         common_metric([row, {**row, "metric": "accuracy"}])

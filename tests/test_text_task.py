@@ -136,6 +136,6 @@ def test_keys_that_go_by_labels_are_refused(text_run: Path) -> None:
     path.write_text(before)
     assert result.returncode == 2
     assert (
-        "train.class_weights: balanced, model.keep_layers.choose: auto goes by the labels"
+        "train.class_weights: balanced, model.keep_layers.choose: auto: made for labels"
         in result.stdout
     )
