@@ -87,6 +87,9 @@ def test_task_of_one_file_goes_the_whole_way(text_run: Path) -> None:
     assert stages["f16"]["constrained"]["understood"] == stages["f16"]["constrained"]["rows"] == 20
     assert stages["q8_0"]["parting"]["rows"] == 80
     assert stages["q4_k_m"]["verdict"]["claim"] in ("as good", "worse", "undecided")
+    page = (results / "report.html").read_text(encoding="utf-8")
+    assert "micro F1" in page and page.count('<div class="sample">') == 12
+    assert set(json.loads((results / "samples.json").read_text())[0]["answers"]) == set(stages)
 
 
 def reruns(folder: Path, **changed: dict[str, Any]) -> set[str]:
