@@ -41,7 +41,8 @@ def shell(command: str) -> int:
     if FAULT == "lost-running" and "./score" in command:
         print('{"rows": [')
         lose()
-    return subprocess.run(["sh", "-c", command.replace(PLACE, str(DEVICE))], cwd=DEVICE).returncode
+    code = subprocess.run(["sh", "-c", command.replace(PLACE, str(DEVICE))], cwd=DEVICE).returncode
+    return code if code >= 0 else 128 - code  # as a shell tells of a signal
 
 
 def main() -> int:

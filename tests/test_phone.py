@@ -2,16 +2,20 @@
 
 import json
 import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import llama_cpp
 import pytest
 
+import stand_in_adbd
 from conftest import ARCHIVE, ROOT, run_program
 from pockettune.common.errors import UserError
 from pockettune.phone import devices
@@ -196,6 +200,75 @@ def test_silent_device_is_not_waited_for(phone: Path, monkeypatch: pytest.Monkey
 def test_host_is_no_option_of_ssh(phone: Path) -> None:
     assert "not user@host" in one_line(run_phone(phone, "--host=-oProxyCommand=true"))
     assert not (phone / "device/calls").exists()
+
+
+# ---- the real adb, with a stand-in at the other end of its wire
+
+
+@pytest.fixture
+def wire(phone: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of a phone that the real adb can reach, its server one of the test's own."""
+    (phone / "bin/adb").unlink()
+    if shutil.which("adb") is None:
+        pytest.skip("needs adb")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        monkeypatch.setenv("ANDROID_ADB_SERVER_PORT", str(free.getsockname()[1]))
+    monkeypatch.setenv("HOME", str(phone))  # for its key
+    with stand_in_adbd.serve(phone / "device") as port:
+        try:
+            yield f"127.0.0.1:{port}"
+        finally:
+            adb("kill-server")
+
+
+def adb(*arguments: str) -> str:
+    # Its server keeps what it inherits open, so no pipe.
+    result = subprocess.run(["adb", *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=60)  # fmt: skip
+    return result.stdout
+
+
+def test_adb_pushes_and_runs(phone: Path, wire: str) -> None:
+    adb("start-server")
+    assert "connected" in adb("connect", wire)
+    (phone / "bundle/model.gguf").write_bytes(bytes(range(256)) * 20_000)  # many messages
+    result = run_phone(phone)
+    assert result.returncode == 0, result.stdout
+    told = json.loads((phone / "phone.json").read_text())
+    assert told["comparison"]["right"] == 3
+    assert told["device"] == {"name": wire, "model": "Pixel 6", "program": "dotprod"}
+    sent = phone / "device/pockettune/model.gguf"
+    assert sent.read_bytes() == (phone / "bundle/model.gguf").read_bytes()
+    assert "model.gguf is there already" in run_phone(phone).stdout
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [("lost", "sending score-dotprod failed (adb: error: failed to copy"),
+     ("lost-running", "was the device lost"),  # adb shell ends with 0 then
+     ("full", "remote No space left on device")],
+)  # fmt: skip
+def test_adb_that_loses_the_phone_is_one_line(
+    phone: Path, wire: str, monkeypatch: pytest.MonkeyPatch, fault: str, words: str
+) -> None:
+    adb("start-server")
+    adb("connect", wire)
+    monkeypatch.setenv("FAULT", fault)
+    assert words in one_line(run_phone(phone))
+    assert not (phone / "phone.json").exists()
+    monkeypatch.delenv("FAULT")
+    adb("disconnect", wire)
+    adb("connect", wire)
+    assert run_phone(phone).returncode == 0, "and the next run mends it"
+
+
+def test_adb_of_a_phone_that_has_not_allowed_it(
+    phone: Path, wire: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adb("start-server")
+    monkeypatch.setenv("FAULT", "unauthorized")
+    adb("connect", wire)
+    told = one_line(run_phone(phone, "--look"))
+    assert re.match(f"{wire} is (unauthorized|authorizing): unlock the phone", told), told
 
 
 # ---- the program itself
