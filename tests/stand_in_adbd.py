@@ -25,7 +25,7 @@ def fault() -> str:
     return os.environ.get("FAULT", "")
 
 
-class Lost(Exception):
+class UnpluggedError(Exception):
     """The phone was unplugged."""
 
 
@@ -86,7 +86,7 @@ class Stream:
             work()
             self.may_send.acquire()
             self.link.send(b"CLSE", self.own, self.other)
-        except Lost:
+        except UnpluggedError:
             self.link.cut()
 
     def send(self, content: bytes) -> None:
@@ -107,7 +107,7 @@ class Stream:
             if content:
                 self.send(struct.pack("<BI", kind, len(content)) + content)
         if fault() == "lost-running" and "./score" in command:
-            raise Lost
+            raise UnpluggedError
         self.send(struct.pack("<BIB", EXIT, 1, result.returncode))
 
     def sync(self) -> None:
@@ -132,7 +132,7 @@ class Stream:
                     break
                 file.write(self.read(size))
                 if fault() == "lost":
-                    raise Lost
+                    raise UnpluggedError
         words = b"No space left on device" if fault() == "full" else b""
         self.send(struct.pack("<4sI", b"FAIL" if words else b"OKAY", len(words)) + words)
 

@@ -21,6 +21,8 @@ HOW_TO = """no device is to be seen. For an Android phone:
 For a Raspberry Pi or another 64-bit ARM board that ssh reaches without a password: make phone HOST=user@host"""
 
 ANSWER_SECONDS = 60  # for a command that computes nothing
+# No question asked, and a board that lost its power is not waited for.
+SSH_OPTIONS = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=15")
 SIGILL = 132  # how a shell tells of an instruction that the processor has not
 
 
@@ -109,8 +111,7 @@ def find_device(host: str | None, serial: str | None) -> Device:
     if host:
         if host.startswith("-"):
             raise UserError(f"--host {host}: not user@host")
-        options = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
-        board = Device(host, ("ssh", *options, host), ".cache/pockettune")
+        board = Device(host, ("ssh", *SSH_OPTIONS, host), ".cache/pockettune")
         board.run("true")
         return board
     states = _adb_devices()
