@@ -785,15 +785,13 @@ function textOf(row, { template, parts }) {
   return row.message.substr(parts[0].length, (row.message.length - around) / (parts.length - 1));
 }
 
-const NEAR = 0.5; // as in scripts/pockettune/evaluation/conformance.py
-
-/** What is otherwise than scored: null, "near" where the two best labels were closer than NEAR nats, or the cause. */
-function compare(row, { prompt, ids, answer }) {
+/** What is otherwise than scored: null, "near" where the two labels were closer than so many nats, or the cause. */
+function compare(row, { prompt, ids, answer }, near) {
   if (prompt !== row.prompt) return "why_prompt";
   if (ids.join() !== row.prompt_ids.join()) return "why_ids";
   if (answer === row.answer) return null;
   const lost = row.labels[row.answer].log_probability - row.labels[answer].log_probability;
-  return lost < NEAR ? "near" : "why_answer";
+  return lost < near ? "near" : "why_answer";
 }
 
 /** Ask the rows of conformance.jsonl again. Returns {rows, same, near, largest, first, why}. */
@@ -801,7 +799,7 @@ async function conform(model, rows, onProgress = () => {}) {
   const told = { rows: rows.length, same: 0, near: 0, largest: 0, first: null, why: null };
   for (const [done, row] of rows.entries()) {
     const result = await model.ask(textOf(row, model.task));
-    const why = compare(row, result);
+    const why = compare(row, result, model.task.near);
     if (why === null) told.same++;
     else if (why === "near") told.near++;
     else if (told.first === null) [told.first, told.why] = [row.id, why];

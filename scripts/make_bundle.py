@@ -31,7 +31,7 @@ from pockettune.data.serving import (
     write_preset,
 )
 from pockettune.data.task_template import Frame, find_frame
-from pockettune.evaluation.conformance import ROWS, messages_of
+from pockettune.evaluation.conformance import NEAR, ROWS, messages_of
 from pockettune.evaluation.scoring import decisive_prefixes
 from pockettune.models.folder import load_tokenizer
 from pockettune.runtimes.llama import LlamaModel
@@ -66,6 +66,7 @@ def make_bundle(a: argparse.Namespace) -> None:
         told = {
             **describe_task(settings, frame, bos, stop, max_tokens),
             **describe_trust(program.read_json(a.metrics)["stages"][name]),
+            "near": NEAR,
             "example": {key: rows[0][key] for key in ("message", "prompt", "answer")},
             "model": MODEL,
             "file": name,
