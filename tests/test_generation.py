@@ -124,6 +124,27 @@ def test_pytorch_says_the_same(
     assert pytorch.config._attn_implementation == ATTENTION, "left as it was"  # type: ignore[union-attr]
 
 
+def test_pytorch_with_a_window_that_cuts_the_prompts(tmp_path: Path) -> None:
+    """Gemma 3: padded prompts, and keys that only some layers keep, give what no cache gives."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
+                             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.3,
+                             "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}  # fmt: skip
+    config = AutoConfig.for_model("gemma3_text", **shape, tie_word_embeddings=False)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model: Any = load_model(tmp_path, attention=ATTENTION, dtype=torch.float32).eval()
+    prompts = [[5, 6, *range(10, 10 + n)] for n in (1, 4, 12, 7)]
+    said = list(generation_pytorch.generate(model, prompts, ends=(), max_tokens=8))
+    with torch.inference_mode(), generation_pytorch._attention(model, "eager"):
+        for prompt, answer in zip(prompts, said, strict=True):
+            tokens = torch.tensor([[*prompt, *answer.ids]])
+            likeliest = model(input_ids=tokens, use_cache=False).logits[0].argmax(dim=-1)
+            assert answer.ids == likeliest[len(prompt) - 1 : -1].tolist()
+    assert len({tuple(answer.ids) for answer in said}) == len(prompts), "a test of something"
+
+
 def test_log_probabilities_are_those_of_the_answer(
     llama: LlamaModel, prompts: list[list[int]]
 ) -> None:
