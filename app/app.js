@@ -977,15 +977,13 @@ function textOf(row, { template, parts }) {
   return row.message.substr(parts[0].length, (row.message.length - around) / (parts.length - 1));
 }
 
-const NEAR = 0.5; // as in scripts/pockettune/evaluation/conformance.py
-
-/** What is otherwise than scored: null, "near" where the two best labels were closer than NEAR nats, or the cause. */
-function compare(row, { prompt, ids, answer }) {
+/** What is otherwise than scored: null, "near" where the two labels were closer than so many nats, or the cause. */
+function compare(row, { prompt, ids, answer }, near) {
   if (prompt !== row.prompt) return "why_prompt";
   if (ids.join() !== row.prompt_ids.join()) return "why_ids";
   if (answer === row.answer) return null;
   const lost = row.labels[row.answer].log_probability - row.labels[answer].log_probability;
-  return lost < NEAR ? "near" : "why_answer";
+  return lost < near ? "near" : "why_answer";
 }
 
 function count(told, row, why) {
@@ -1004,7 +1002,7 @@ async function conform(model, rows, onProgress = () => {}) {
       continue;
     }
     const result = await model.ask(textOf(row, model.task));
-    count(told, row, compare(row, result));
+    count(told, row, compare(row, result, model.task.near));
     for (const [i, word] of model.words.entries())
       told.largest = Math.max(told.largest, Math.abs(result.scores[i] - row.labels[word].log_probability));
     onProgress(done + 1);

@@ -8,11 +8,13 @@ Output  metrics.json: {"stages": {stage: {n, accuracy, macro_f1, unseen, size_by
         both were scored on, all and unseen; verdict: whether it is as good as F16; kl_labels: from
         F16, over the allowed answers; at_temperature: of a file, calibration error and coverage
         flips.json: the rows whose answer a file changed against F16
+        samples.json: where answers are text, some records with what every stage answered
         metrics.csv: a row a stage, the numbers that fit one
 """
 
 import argparse
 import json
+from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ import pandas as pd
 
 from pockettune.common import program
 from pockettune.common.errors import UserError
+from pockettune.common.formats import FOREIGN, GGUF, float_rung
+from pockettune.data.prompts import take_evenly
 from pockettune.data.records import read_records
 from pockettune.evaluation.bootstrap import compare_counts, metric_interval
 from pockettune.evaluation.calibration import confidence
@@ -37,6 +41,8 @@ from pockettune.evaluation.verdict import judge, say
 from pockettune.tasks import Record, Task, TextTask, as_text_task, load_task
 
 BASELINE, REFERENCE = "tfidf", "f16"
+SAMPLES = 12
+RUNGS = [float_rung(kind) for kind in FOREIGN]
 REMEDY = "remove predictions/ and run again, so that all are scored anew"
 
 
@@ -54,9 +60,8 @@ def compare_stages(
     stages = {}
     names = list(predictions)
     for place, name in enumerate(names):
-        # Every variant is made of F16; any other stage of the one before it.
         after_reference = REFERENCE in names and place > names.index(REFERENCE)
-        before = REFERENCE if after_reference else names[max(place - 1, 0)]
+        before = stage_before(name, names, metrics[name].get("format", GGUF))
         table, entry = predictions[name], {**metrics[name]}
         entry["score"] = entry[entry["metric"]]
         entry |= describe_text(task, table) if task else describe_labels(table)
@@ -78,10 +83,25 @@ def compare_stages(
             reference, scored = common_rows(predictions[REFERENCE], table)
             divergence = kl_divergence(label_probabilities(reference), label_probabilities(scored))
             entry["kl_labels"] = describe_divergence(divergence)
-        if training.get("temperature") and (name == REFERENCE or after_reference):
+        is_file = name == REFERENCE or (after_reference and name not in RUNGS)
+        if training.get("temperature") and is_file:
             entry["at_temperature"] = calibrate(table, training)
         stages[name] = entry
     return {"stages": stages}
+
+
+def stage_before(name: str, names: Sequence[str], kind: str) -> str:
+    """Return the stage that one was made of; the first of all of itself.
+
+    A GGUF file is made of F16, a file of another format of that format's float rung, a rung of what F16
+    is made of, and any other stage of the one before it.
+    """
+    place = names.index(name)
+    if REFERENCE not in names or place <= names.index(REFERENCE):
+        return names[max(place - 1, 0)]
+    if name in RUNGS:
+        return names[names.index(REFERENCE) - 1]
+    return REFERENCE if kind == GGUF else float_rung(kind)
 
 
 def describe_labels(table: pd.DataFrame) -> dict[str, Any]:
@@ -208,29 +228,65 @@ def label_probabilities(table: pd.DataFrame) -> np.ndarray:
 
 
 def list_flips(
-    predictions: dict[str, pd.DataFrame], texts: dict[str, str]
+    predictions: dict[str, pd.DataFrame], shown: dict[str, dict[str, str]]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Return each file's rows whose answer is not F16's: id, text, right answer, before, after."""
+    """Return each file's rows whose answer is not F16's: id, text, right answer, before, after.
+
+    `shown` is what show_record returns of each record, by id.
+    """
     if REFERENCE not in predictions:
         return {}
     flips = {}
     f16 = predictions[REFERENCE]
     for name, table in list(predictions.items())[list(predictions).index(REFERENCE) + 1 :]:
+        if name in RUNGS:
+            continue
         assert len(table) == len(f16), "files are all scored on the same rows"
         # Of text what was generated is shown; a row that was only read has none.
-        shown = "answer" if "answer" in table else "prediction"
-        changed = np.flatnonzero((f16[shown] != table[shown]) & table[shown].notna())
+        said = "answer" if "answer" in table else "prediction"
+        changed = np.flatnonzero((f16[said] != table[said]) & table[said].notna())
         flips[name] = [
             {
                 "id": table["id"][row],
-                "text": texts[table["id"][row]],
-                "reference": table["reference"][row],
-                "f16": f16[shown][row],
-                "now": table[shown][row],
+                **shown[table["id"][row]],
+                "f16": f16[said][row],
+                "now": table[said][row],
             }
             for row in changed
         ]
     return flips
+
+
+def show_record(task: Task, record: Record) -> dict[str, str]:
+    """Return what a record asks, "text", and its right answer, "reference", as they are read.
+
+    Of text the last message is shown, which may hold a question beside the text, and the right answers
+    of all questions, a line each, as the answers of a stage are.
+    """
+    if text := as_text_task(task):
+        whole = text.questions(record, lambda _: 0, 0)  # of no tokens: in no windows
+        answers = "\n".join(map(task.answer, whole))
+        return {"text": task.prompt(record)[-1]["content"], "reference": answers}
+    return {"text": record[task.text_field], "reference": task.answer(record)}
+
+
+def list_samples(
+    predictions: dict[str, pd.DataFrame], shown: dict[str, dict[str, str]]
+) -> list[dict[str, Any]]:
+    """Return some records that every stage answered, evenly spread: id, text, right answer, "answers"."""
+    answered = {
+        name: dict(zip(table["id"], table["answer"], strict=True))
+        for name, table in ((n, t[t["answer"].notna()]) for n, t in predictions.items())
+    }
+    common = [row for row in shown if all(row in answers for answers in answered.values())]
+    return [
+        {
+            "id": row,
+            **shown[row],
+            "answers": {name: answers[row] for name, answers in answered.items()},
+        }
+        for row in take_evenly(common, SAMPLES)
+    ]
 
 
 def as_table(compared: dict[str, Any]) -> pd.DataFrame:
@@ -259,6 +315,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True, help="metrics.json to write")
     parser.add_argument("--csv", type=Path, required=True, help="metrics.csv to write")
     parser.add_argument("--flips", type=Path, required=True, help="flips.json to write")
+    parser.add_argument("--samples", type=Path, nargs="?", help="samples.json to write, of text")
 
     def work(arguments: argparse.Namespace) -> None:
         loaded = [program.read_json(path) for path in arguments.metrics]
@@ -266,16 +323,18 @@ def main() -> None:
         tables = map(pd.read_parquet, arguments.predictions)
         predictions = dict(zip(metrics, tables, strict=True))
         task = load_task(arguments.settings["task"], arguments.settings["dataset"])
-        records = list(read_records(arguments.records))
+        records = {record["id"]: record for record in read_records(arguments.records)}
         text = as_text_task(task)
-        check_rows(predictions, {r["id"]: right_answer(task, r) for r in records})
+        check_rows(predictions, {row: right_answer(task, r) for row, r in records.items()})
         training = program.read_json(arguments.adapter / "training.json")
         margin = arguments.settings["evaluate"]["margin"]
         compared = compare_stages(metrics, predictions, margin, training, text)
         with program.staged(arguments.csv) as partial:
             as_table(compared).to_csv(partial, index=False)
-        texts = {record["id"]: record[task.text_field] for record in records}
-        program.write_json(arguments.flips, list_flips(predictions, texts))
+        shown = {row: show_record(task, record) for row, record in records.items()}
+        program.write_json(arguments.flips, list_flips(predictions, shown))
+        if text:
+            program.write_json(arguments.samples, list_samples(predictions, shown))
         program.write_json(arguments.json, compared)
         for name, entry in compared["stages"].items():
             if "verdict" in entry:

@@ -59,7 +59,9 @@ def make_bundle(a: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(a.model)
     conversation = holds_conversation(task)
     asked: Frame | Turns = (
-        find_turns(tokenizer, task.template_options) if conversation else find_frame(tokenizer, task)
+        find_turns(tokenizer, task.template_options)
+        if conversation
+        else find_frame(tokenizer, task)
     )
     answers = program.read_json(a.tokens / "answers.json")
     stop = program.read_json(a.tokens / "chat.json")["end"]
@@ -76,7 +78,9 @@ def make_bundle(a: argparse.Namespace) -> None:
             bos = str(tokenizer.bos_token) if llama.adds_bos() else ""
             rows = list(conformance_rows(a, name, llama, task))
         what = (
-            describe_text(settings["task"], task, text) if text else describe_labels(settings["task"]["labels"])
+            describe_text(settings["task"], task, text)
+            if text
+            else describe_labels(settings["task"]["labels"])
         )
         told = {
             **describe_task(settings, what, asked, bos, stop, max_tokens),
@@ -117,7 +121,7 @@ def conformance_rows(
     cuts.
     """
     table = pd.read_parquet(next(path for path in a.predictions if path.stem == name))
-    scored = {row["id"]: row for row in table.to_dict("records")}
+    scored: dict[str, Any] = {row["id"]: row for row in table.to_dict("records")}
     records = {record["id"]: record for record in read_records(a.records)}
     examples = Examples(a.tokens / f"{a.settings['evaluate']['split']}.arrow")
     if text := as_text_task(task):
@@ -181,7 +185,11 @@ def text_rows(
     sure = watch_answers(llama, prompts, said, task.max_answer_tokens)
     for example, prompt, ids, certainty in zip(chosen, prompts, said, sure, strict=True):
         record = records[example.record]
-        sent = {"messages": task.prompt(record)} if conversation else {"message": message(a.settings, task, record)}
+        sent = (
+            {"messages": task.prompt(record)}
+            if conversation
+            else {"message": message(a.settings, task, record)}
+        )
         yield {
             "id": example.record,
             **sent,

@@ -19,6 +19,7 @@ class Tags:
         self.template_options: Mapping[str, Any] = settings["template_options"]
         self.max_answer_tokens = settings.get("max_answer_tokens", 16)
         self.text_column, self.label_column = columns["text_column"], columns["label_column"]
+        self.columns, self.optional_columns = [self.text_column, self.label_column], ()
 
     def settle(self, tables: Sequence[Any]) -> None:
         pass
@@ -52,6 +53,9 @@ class Tags:
 
     def parse(self, text: str, record: Record | None = None) -> list[str] | None:
         return sorted(set(text) - {NONE})
+
+    def salvage(self, text: str) -> str:
+        return text
 
     def combine(self, predictions: Sequence[Any], log_probabilities: Sequence[float]) -> Any:
         return predictions[0]

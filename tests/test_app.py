@@ -13,7 +13,6 @@ import re
 import shutil
 import socket
 import threading
-import time
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
@@ -54,7 +53,7 @@ def app_run(finished_run: Path) -> Path:
 
 @pytest.fixture
 def folder(app_run: Path, tmp_path: Path) -> Path:
-    """A copy of the app, to be changed, whose model comes in parts of 64 KiB: it has 0.8 MB."""
+    """A copy of the app, to be changed, whose model, of about 1 MB, comes in parts of 64 KiB."""
     copy = tmp_path / "app"
     shutil.copytree(app_run / "results/small/app", copy)
     with pytest.MonkeyPatch.context() as patch:
@@ -74,6 +73,9 @@ class Served:
     def __init__(self, folder: Path, headers: bool = True) -> None:
         self.asked: list[tuple[str, str]] = []  # path, range
         self.cut_after: int | None = None  # bytes of the model, of each answer
+        self.cut = (
+            threading.Event()
+        )  # a browser drops what it has not read when it hears of the end
         served = self
 
         class Handler(serve_app.AppHandler):
@@ -91,7 +93,8 @@ class Served:
                 if served.cut_after is not None and self.path == "/model.gguf":
                     outputfile.write(source.read(served.cut_after))
                     outputfile.flush()
-                    time.sleep(1)  # a browser drops what it has not read when it hears of the end
+                    served.cut.wait(60)
+                    served.cut.clear()
                     self.connection.shutdown(socket.SHUT_RDWR)
                     return
                 super().copyfile(source, outputfile)
@@ -105,6 +108,7 @@ class Served:
         return [asked for path, asked in self.asked if path == "/model.gguf"]
 
     def close(self) -> None:
+        self.cut.set()
         self.server.shutdown()
         self.server.server_close()
 
@@ -158,6 +162,12 @@ class Visit:
     def load(self) -> None:
         self.page.click("#load")
         self.page.wait_for_selector("#ask:not([hidden])", timeout=60_000)
+
+    def wait_for_parts(self, count: int) -> None:
+        """Wait until the page has kept so many parts of the model."""
+        kept = "import('/app.js').then((m) => m.app.parts.present.size)"
+        while self.page.evaluate(kept) < count:
+            self.page.wait_for_timeout(50)
 
     def ask(self, text: str) -> str:
         """Return the answer as shown."""
@@ -368,8 +378,11 @@ def test_cut_download_goes_on_where_it_was_cut(folder: Path, serve: Callable[...
     served.cut_after = 3 * (1 << 16) + 1000
     page = visit(served.url)
     page.page.click("#load")
-    page.page.wait_for_selector("#ask:not([hidden])", timeout=60_000)
     size = (folder / "model.gguf").stat().st_size
+    for kept in range(3, size // (1 << 16) + 1, 3):
+        page.wait_for_parts(kept)
+        served.cut.set()
+    page.page.wait_for_selector("#ask:not([hidden])", timeout=60_000)
     starts = [int(asked.removeprefix("bytes=").split("-")[0]) for asked in served.ranges()]
     # A browser may ask once more by itself; nothing that was kept is asked for again.
     assert starts == sorted(starts)
@@ -384,10 +397,14 @@ def test_cut_download_is_told_and_kept(folder: Path, serve: Callable[..., Served
     # As a phone in a tunnel: the second request finds no network.
     page.page.route("**/model.gguf", lambda route: route.abort() if len(served.ranges()) else route.continue_())  # fmt: skip
     page.page.click("#load")
-    page.status("The connection was cut at 0.2 of 0.8 MB; what is here is kept.")
+    page.wait_for_parts(3)
+    served.cut.set()
+    size = (folder / "model.gguf").stat().st_size
+    page.status(f"The connection was cut at 0.2 of {size / 1e6:.1f} MB; what is here is kept.")
     served.cut_after = None
     again = visit(served.url, page.page.context)
-    again.status("Load the rest of the model (0.6 of 0.8 MB)")
+    left = size - (3 << 16)
+    again.status(f"Load the rest of the model ({left / 1e6:.1f} of {size / 1e6:.1f} MB)")
     again.load()
     assert served.ranges()[-1].startswith(f"bytes={3 << 16}-")
 
@@ -434,7 +451,7 @@ def test_model_is_removed_by_a_button(folder: Path, serve: Callable[..., Served]
     page.status("The model was removed from this device.")
     assert page.page.is_hidden("#ask")
     again = visit(served.url, page.page.context)
-    again.status("Load the model (0.8 MB)")
+    again.status(f"Load the model ({(folder / 'model.gguf').stat().st_size / 1e6:.1f} MB)")
     again.load()
     assert again.complaints == []
 
@@ -492,7 +509,8 @@ def test_labels_of_several_tokens_are_scored_as_llama_cpp_does(folder: Path, ser
     page = visit(serve(folder).url)
     page.load()
     found = page.check()
-    assert float(found["largest"]) < TOLERANCE and int(found["same"]) >= 48
+    # Three tokens, of which none is likely, so that their differences add up.
+    assert float(found["largest"]) < 3 * TOLERANCE and int(found["same"]) >= 48
 
 
 def turned(row: dict[str, Any], margin: float) -> dict[str, Any]:
@@ -508,10 +526,8 @@ def test_other_row_is_named_with_its_cause(folder: Path, serve: Callable[..., Se
     row = json.loads(lines[7])
     row["prompt_ids"][-1] += 1
     lines[7] = json.dumps(row)
-    for place, margin in (
-        (9, 0.4),
-        (11, 0.6),
-    ):  # nats; nearer ones another build may decide otherwise
+    near = json.loads((folder / "task.json").read_text())["near"]
+    for place, margin in ((9, near - 0.1), (11, near + 0.1)):  # nats
         lines[place] = json.dumps(turned(json.loads(lines[place]), margin))
     (folder / "conformance.jsonl").write_text("\n".join(lines))
     page = visit(serve(folder).url)
@@ -645,6 +661,11 @@ NAMELESS = """[...document.querySelectorAll("button, a, input, textarea, select,
   .filter((e) => !(e.innerText || e.ariaLabel || e.labels?.[0]?.innerText)).map((e) => e.outerHTML)"""
 SMALL_TARGETS = """[...document.querySelectorAll("button, .button, summary, select, textarea")]
   .filter((e) => e.offsetParent && e.getBoundingClientRect().height < 44).map((e) => e.id)"""
+BROKEN = """[...document.querySelectorAll("th, td:nth-last-child(-n + 2)")].filter((e) => {
+  const range = document.createRange();
+  range.selectNodeContents(e);
+  return new Set([...range.getClientRects()].map((r) => Math.round(r.top))).size > 1;
+}).map((e) => e.textContent)"""
 CONTRAST = """(() => {
   const channel = (v) => ((v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
   const light = (c) => c.match(/[\\d.]+/g).slice(0, 3).map(Number).map(channel).reduce((s, v, i) => s + v * [0.2126, 0.7152, 0.0722][i], 0);
@@ -667,11 +688,15 @@ def test_page_fits_reads_and_has_names(locale: str, scheme: str, width: int, fol
     page.ask(GOOD)
     for section in ("many", "check"):
         page.page.click(f"#{section} summary")
+    page.page.fill("#table", f"number,text,comment\n1,{GOOD * 3},a comment")
+    page.page.click("#run")
+    page.page.wait_for_selector("#save:not([hidden])", timeout=60_000)
     assert page.page.evaluate("document.documentElement.lang") == {"en-GB": "en", "zh-CN": "zh-CN"}[locale]  # fmt: skip
     shown = page.page.inner_text("body")
     assert "undefined" not in shown and "{" not in shown
     assert ("一切都留在本机" in shown) == (locale == "zh-CN")
     assert page.page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.page.evaluate(BROKEN) == [], "a word of the table is cut"
     assert page.page.evaluate(NAMELESS) == []
     assert page.page.evaluate(SMALL_TARGETS) == []
     assert page.page.evaluate(CONTRAST) >= 4.5, "WCAG AA"

@@ -3,7 +3,7 @@
 import json
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,39 @@ def test_near_labels_may_change_places() -> None:
     labels["负"]["log_probability"] -= 0.02
     assert judge(row, Reply("负")) == "wrong"
     assert judge(row, Reply(" 正\n")) == "right" and judge(row, Reply("正 因为")) == "runs on"
+
+
+@dataclass
+class Lot(Fake):
+    """A server that draws its answers where no temperature is sent."""
+
+    first: Mapping[int | str, float] = field(default_factory=dict)
+
+    def chat(self, messages: Sequence[Mapping[str, str]], greedy: bool) -> Reply:
+        return Reply("正" if greedy else "负", prompt_tokens=20, first=self.first)
+
+
+@pytest.mark.parametrize(
+    ("first", "cause"), [({1: -0.8, 2: -0.6}, "sampling"), ({1: -0.6, 2: -0.8}, None), ({}, None)]
+)
+def test_near_label_that_was_drawn_is_told(first: dict[int | str, float], cause: str | None) -> None:  # fmt: skip
+    labels = {"负": {"ids": [1], "log_probability": -0.9}, "正": {"ids": [2], "log_probability": -0.5}}  # fmt: skip
+    verdict = replay(TASK, [{**row, "labels": labels} for row in ROWS], Lot(first=first))
+    assert (verdict.cause, len(verdict.near)) == (cause, 0 if cause else len(ROWS))
+
+
+class Longer(Fake):
+    """A server that puts a token before the prompt, and answers as scored nevertheless."""
+
+    def answer(self, prompt: str) -> Reply:
+        return Reply("正", prompt_tokens=21)
+
+
+def test_token_before_the_prompt_is_told_where_answers_hold() -> None:
+    verdict = replay(TASK, ROWS, Longer())
+    assert verdict.wrong == [] and verdict.token_more
+    told = describe(verdict, 12, TASK["stop"])
+    assert told.endswith("12 prompts had another number of tokens than was scored, each one more: probably a BOS")  # fmt: skip
 
 
 def test_base_template_is_sent_system_and_prompt() -> None:

@@ -16,7 +16,7 @@ from small_run import RUN, reviews
 from test_workflow import planned
 
 TEXT = ("--configfile", "runs/tags.yaml")
-LINE = 'TASKS: dict[str, Callable[..., Any]] = {"classification": Classification'
+LINE = '    "classification": Classification,'
 
 
 def tags_of(text: str) -> list[str]:
@@ -32,7 +32,7 @@ def write_tags(folder: Path) -> None:
         Path(__file__).with_name("tags.py"), folder / "scripts/pockettune/tasks/tags.py"
     )
     tasks = folder / "scripts/pockettune/tasks/__init__.py"
-    text = tasks.read_text().replace(LINE, LINE + ', "tags": Tags')
+    text = tasks.read_text().replace(LINE, LINE + '\n    "tags": Tags,')
     assert '"tags": Tags' in text
     tasks.write_text(
         text.replace(
@@ -133,6 +133,6 @@ def test_keys_that_go_by_labels_are_refused(text_run: Path) -> None:
     path.write_text(before)
     assert result.returncode == 2
     assert (
-        "train.class_weights: balanced, model.keep_layers.choose: auto goes by the labels"
+        "train.class_weights: balanced, model.keep_layers.choose: auto: made for labels"
         in result.stdout
     )

@@ -19,7 +19,7 @@ from pockettune.evaluation.plots import spread_heights
 from pockettune.evaluation.verdict import judge, say
 
 CHINESE = ROOT / "report/zh.json"
-TEMPLATES = [ROOT / f"report/{name}.j2" for name in ("report.html", "card.md")]
+TEMPLATES = [ROOT / f"report/{name}.j2" for name in ("report.html", "text.html", "card.md")]
 PROGRAMS = [
     ROOT / "scripts/write_report.py",
     *(ROOT / "scripts/pockettune/evaluation").glob("*.py"),

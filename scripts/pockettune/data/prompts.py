@@ -190,7 +190,8 @@ class ExampleMaker:
         fitted = question
         if len(ids) > self.max_length - self.longest:
             fitted, prompt, ids = self._fit(question, self.max_length - self.longest)
-        answer = self.task.answer(question) if labelled else ""
+        # What a cut took away is not answered, so that nothing is taught which cannot be seen.
+        answer = self.task.answer(fitted) if labelled else ""
         if self.text:
             told = json.dumps(self.text.reference(record), ensure_ascii=False) if labelled else ""
             answer_ids = encode_answer(self.tokenizer, answer)[: self.longest] if labelled else []

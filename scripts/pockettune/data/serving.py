@@ -23,7 +23,13 @@ def context_tokens(max_length: int) -> int:
 
 
 def write_modelfile(
-    model: str, asked: Frame | Turns, bos: str, stop: str, max_tokens: int, context: int, system: str = ""
+    model: str,
+    asked: Frame | Turns,
+    bos: str,
+    stop: str,
+    max_tokens: int,
+    context: int,
+    system: str = "",
 ) -> str:
     """Return Ollama's Modelfile, whose template writes the trained prompt.
 

@@ -66,7 +66,9 @@ def find_turns(tokenizer: "PreTrainedTokenizerBase", options: Mapping[str, Any])
             found = dict(zip(ROLES, strips, strict=True))
             start, between, following, tail = parts
             turns = Turns(start, system, between, following, tail, found, control)
-            if all(turns.render(speak(roles, spaced)) == rendered(roles, spaced) for roles in trials):
+            if all(
+                turns.render(speak(roles, spaced)) == rendered(roles, spaced) for roles in trials
+            ):
                 return turns
     raise UserError(
         "the base's chat template writes an earlier message otherwise than the last; a page cannot put a"

@@ -41,7 +41,7 @@ def compare_counts(before: np.ndarray, after: np.ndarray, measure: Measure) -> d
 
     "lost" and "gained" are rows whose own metric fell or rose, McNemar's p is that of a sign test on
     them. What no row of these showed, another may: the intervals are at least as wide as the share of rows
-    that may change unseen, z² / (n + z²), Wilson's bound for none of n.
+    that may change unseen, z² / (n + z²), Wilson's bound for none of n, and no smaller loss is detectable.
     """
     n = len(after)
     own = np.array([[measure(row.tolist()) for row in table] for table in (before, after)])
@@ -49,10 +49,14 @@ def compare_counts(before: np.ndarray, after: np.ndarray, measure: Measure) -> d
     difference = measure(after.sum(axis=0).tolist()) - measure(before.sum(axis=0).tolist())
     differences = resample(after, measure) - resample(before, measure)
 
+    def unseen(z: float) -> float:
+        return z * z / (n + z * z)
+
     def interval(z: float) -> tuple[float, float]:
-        outside, unseen = 1 - NormalDist().cdf(z), z * z / (n + z * z)
+        outside = 1 - NormalDist().cdf(z)
         low, high = np.quantile(differences, [outside, 1 - outside])
-        return min(float(low), difference - unseen), max(float(high), difference + unseen)
+        widest = difference - unseen(z), difference + unseen(z)
+        return max(min(float(low), widest[0]), -1.0), min(max(float(high), widest[1]), 1.0)
 
     return {
         "lost": lost,
@@ -61,5 +65,7 @@ def compare_counts(before: np.ndarray, after: np.ndarray, measure: Measure) -> d
         "difference": difference,
         "interval": interval(TWO_SIDED),
         "one_sided": interval(ONE_SIDED),
-        "detectable": (ONE_SIDED + POWER) * float(differences.std()),
+        "detectable": max(
+            (ONE_SIDED + POWER) * float(differences.std()), unseen(ONE_SIDED + POWER)
+        ),
     }

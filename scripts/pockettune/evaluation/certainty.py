@@ -31,7 +31,10 @@ def watch_answers(
     for ids, whole, logits in zip(answers, ended, computed, strict=True):
         targets = [[token] for token in ids] + [ends] * whole
         scores = normalise(logits)
-        told = [(row[target].max(), np.delete(row, target).max()) for row, target in zip(scores, targets, strict=True)]
+        told = [
+            (row[target].max(), np.delete(row, target).max())
+            for row, target in zip(scores, targets, strict=True)
+        ]
         yield {
             "ended": whole,
             "ends": [len(as_text(llama, ids[: n + 1]).rstrip("\ufffd")) for n in range(len(ids))],

@@ -63,6 +63,10 @@ def say_metric(metric: str, words: Words = english) -> str:
         "micro_f1": words("micro F1"),
         "f1": words("F1"),
         "token_accuracy": words("token accuracy"),
+        "macro_f1": words("macro F1"),
+        "exact_match": words("exact match"),
+        "precision": words("precision"),
+        "recall": words("recall"),
     }
     return names.get(metric, metric)
 
@@ -130,12 +134,13 @@ def plot_training(training: Mapping[str, Any], words: Words = english) -> str:
     axes.set(xlabel=words("update"), ylabel=words("loss"), ylim=(0, 1.5 * losses.quantile(0.95)))
     if training["validations"]:
         metric, right = training["metric"], axes.twinx()
+        name = say_metric(metric, words)
         updates = [entry["update"] for entry in training["validations"]]
         values = [100 * entry[metric] for entry in training["validations"]]
-        label = words("{metric} on validation, %", metric=metric)
+        label = words("{metric} on validation, %", metric=name)
         lines += right.plot(updates, values, "o-", color=COLORS[1], label=label)
         right.axvline(training["exported_update"], color=INK, linewidth=0.8, linestyle=":")
-        right.set(ylabel=f"{metric}, %")
+        right.set(ylabel=words("{metric}, %", metric=name))
         right.spines["right"].set_visible(True)
         right.ticklabel_format(useOffset=False)
     axes.legend(handles=lines, frameon=False, loc="lower left", bbox_to_anchor=(0, 1))

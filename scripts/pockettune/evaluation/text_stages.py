@@ -75,7 +75,7 @@ def generate_answers(
         texts = [runtime.decode(one.ids) for one in found]
         record = questions[group[0].record]
         parsed = [
-            task.parse(text, record) if one.ended else None
+            task.parse(text if one.ended else task.salvage(text), record)
             for text, one in zip(texts, found, strict=True)
         ]
         # What is scored by the reference answers shows a sample alone, its last turns.

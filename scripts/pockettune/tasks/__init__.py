@@ -28,17 +28,19 @@ class Task(Protocol):
     text_field: str
     """The record's field that is compared for duplicates and cut when a prompt is too long."""
 
-    columns: Sequence[str]
-    """Columns of the dataset that `read` takes, the text's first."""
-
-    optional_columns: Sequence[str]
-    """Others that it takes where they are there."""
-
     template_options: Mapping[str, Any]
     """Variables that the chat template is given, such as enable_thinking."""
 
     metric: str
     """The number of `score` that verdict, choice and report go by; between 0 and 1."""
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """Columns of the dataset that `read` takes, the text's first."""
+
+    @property
+    def optional_columns(self) -> Sequence[str]:
+        """Others that it takes where they are there."""
 
     def settle(self, tables: Sequence["pd.DataFrame"]) -> None:
         """Decide from the rows of all splits how `read` reads them; UserError where it is unclear."""
@@ -93,6 +95,9 @@ class TextTask(Task, Protocol):
 
     def reference(self, record: Record) -> Any:
         """Return what is compared with the prediction of a whole record."""
+
+    def salvage(self, text: str) -> str:
+        """Return what of an answer can be used that did not end within max_answer_tokens."""
 
     def combine(self, predictions: Sequence[Any], log_probabilities: Sequence[float]) -> Any:
         """Return the prediction of a record out of those of its questions."""

@@ -40,7 +40,7 @@ class Answer:
         self.text_column = columns["text_column"]
         self.question_column = columns["question_column"]
         self.label_column = columns["label_column"]
-        self.columns = [self.text_column, self.question_column, self.label_column]
+        self.columns: Sequence[str] = [self.text_column, self.question_column, self.label_column]
         self.optional_columns: Sequence[str] = ()
 
     def settle(self, tables: Sequence["pd.DataFrame"]) -> None:
@@ -61,7 +61,7 @@ class Answer:
         if faults:
             raise ValueError(list_faults(faults))
         text, question = texts
-        answers = [
+        answers: list[Any] = [
             [answer, find_nearest(text, answer, start)]
             for answer, start in read_answers(as_plain(row[self.label_column]))
         ]
@@ -124,7 +124,7 @@ class Answer:
                 " tokenize.max_length"
             )
         frame = count_tokens({**record, "text": ""})
-        a_token = len(text) / (tokens - frame)  # characters
+        a_token = len(text) / max(tokens - frame, 1)  # characters
         overlap, width = int(self.stride * a_token), int((room - frame) * a_token)
         while width > overlap:
             begins = range(0, len(text) - overlap, width - overlap)
@@ -154,6 +154,9 @@ class Answer:
         """Return what was answered, "" for no answer; None where nothing was said."""
         said = text.strip()
         return "" if said and said == self.no_answer else said or None
+
+    def salvage(self, text: str) -> str:
+        return text
 
     def combine(
         self, predictions: Sequence[str | None], log_probabilities: Sequence[float]

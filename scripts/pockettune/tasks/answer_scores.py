@@ -89,7 +89,12 @@ def longest_common_run(a: Sequence[str], b: Sequence[str]) -> int:
 
 
 def compare_characters(gold: str, answer: str) -> tuple[float, float]:
-    """Return exact match and F1 of an answer against one right answer, as CMRC counts them."""
+    """Return exact match and F1 of an answer against one right answer, as CMRC counts them.
+
+    It has no questions without an answer; of these both are as SQuAD counts them.
+    """
+    if not gold or not answer:
+        return float(gold == answer), float(gold == answer)
     plain = ["".join(c for c in text.lower().strip() if c not in MARKS) for text in (gold, answer)]
     right, said = split_mixed(gold), split_mixed(answer)
     return float(plain[0] == plain[1]), ratio(
@@ -123,8 +128,5 @@ def score_answer(golds: Sequence[str], answer: str | None, count: str) -> tuple[
     """
     if answer is None:
         return 0.0, 0.0
-    if not golds or not answer:
-        same = float(not golds and not answer)
-        return same, same
-    pairs = [COMPARE[count](gold, answer) for gold in golds]
+    pairs = [COMPARE[count](gold, answer) for gold in golds or [""]]
     return max(em for em, _ in pairs), max(f1 for _, f1 in pairs)

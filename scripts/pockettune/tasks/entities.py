@@ -38,7 +38,7 @@ class Entities:
         self.max_answer_tokens: int = settings["max_answer_tokens"]
         self.text_column = columns["text_column"]
         self.label_column = columns["label_column"]
-        self.columns = [self.text_column, self.label_column]
+        self.columns: Sequence[str] = [self.text_column, self.label_column]
         self.optional_columns: Sequence[str] = ()
 
     def settle(self, tables: Sequence["pd.DataFrame"]) -> None:
@@ -116,6 +116,10 @@ class Entities:
         if entities is None or any(kind not in self.types.values() for kind, _ in entities):
             return None
         return [list(entity) for entity in place_names(entities, record["text"] if record else "")]
+
+    def salvage(self, text: str) -> str:
+        """Return the lines before the last, which may stop within a name."""
+        return text.rpartition("\n")[0]
 
     def combine(self, predictions: Sequence[Any], log_probabilities: Sequence[float]) -> Any:
         return predictions[0]
