@@ -95,7 +95,7 @@ export async function writeAnswer(model, ids, { grammar = null, onText = () => {
 /** The likeliest next token, of those that the grammar allows: {token, p, ends, text, rest}. */
 async function likeliest(wllama, grammar, state, before) {
   let seen = 0;
-  for (const count of [1, 64, 4096, -1]) { // the likeliest of all is seldom not allowed
+  for (const count of [1, 64, -1]) { // the likeliest of all is seldom not allowed; -1: all
     const found = await wllama.getLogits(count);
     for (const { token, p } of found.slice(seen)) {
       const ends = wllama.isTokenEOG(token);
