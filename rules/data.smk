@@ -105,6 +105,7 @@ rule pack_offline:
         model=hub_model(),
         fetched=OUT_OF_PACKAGES,
         requirements="requirements.txt",
+        extras=expand("requirements-{kind}.txt", kind=FORMATS),
         constraints="constraints.txt",
     output:
         bundle="<results>/offline.tar",
@@ -122,7 +123,7 @@ rule pack_offline:
     shell:
         command(
             "params.settings input.model params.packages downloads=resources/downloads"
-            " params.wheels params.devices input.requirements input.constraints"
+            " params.wheels params.devices input.requirements input.extras input.constraints"
             " output=output.bundle"
         )
 

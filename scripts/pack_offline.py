@@ -1,8 +1,8 @@
 """Pack what a config needs from outside into one file, for a machine without a network.
 
 Input   the model's folder as it was fetched, the dataset's repository, archives of packages; with
-        --wheels all, what pip finds for requirements.txt under constraints.txt; with --devices all,
-        what make app and make phone take from npm and pip
+        --wheels all, what pip finds for requirements.txt under constraints.txt, and for the lists of other
+        formats; with --devices all, what make app and make phone take from npm and pip
 Output  a tar, for scripts/unpack_offline.py: manifest.json with each file's SHA-256 and what it was
         made for, then the files by name. The same input makes the same bytes. Not compressed:
         weights and wheels do not get smaller
@@ -39,11 +39,13 @@ BUILT_THERE = "llama_cpp_python-"
 def pack_offline(
     settings: Mapping[str, Any], model: Path | None, packages: Sequence[str],
     requirements: tuple[Path, Path] | None, downloads: Path, output: Path, devices: bool = False,
+    extras: Sequence[Path] = (),
 ) -> None:  # fmt: skip
     """Gather the files, write down their checksums, and pack them.
 
     Without `requirements` (requirements.txt and constraints.txt) no wheels are packed, without
-    `devices` nothing for the app and the programs of a phone.
+    `devices` nothing for the app and the programs of a phone; `extras` are the formats' own lists, each
+    complete by itself.
     """
     with contextlib.ExitStack() as stack:
         packages = [*packages, *(download_for_devices(downloads) if devices else [])]
@@ -65,6 +67,8 @@ def pack_offline(
             wheels = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=output.parent)))
             with disk.tell_full_disk(output, wheels):
                 gather_wheels(*requirements, wheels)
+                for extra in extras:
+                    run_pip("download", "--no-deps", "--dest", wheels, "--requirement", extra)
             files |= files_below(wheels, "wheels")
             holds["wheels"] = describe_python()
         write_bundle(files, holds, output)
@@ -183,6 +187,7 @@ def main() -> None:
     parser.add_argument("--wheels", choices=["none", "all"], required=True)
     parser.add_argument("--devices", choices=["none", "all"], required=True)
     parser.add_argument("--requirements", type=Path, required=True)
+    parser.add_argument("--extras", type=Path, nargs="*", default=[], help="lists of other formats")
     parser.add_argument("--constraints", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True, help="tar to write")
 
@@ -196,6 +201,7 @@ def main() -> None:
             arguments.downloads,
             arguments.output,
             arguments.devices == "all",
+            arguments.extras,
         )
 
     program.run(parser, work)
