@@ -23,7 +23,7 @@ from pockettune.runtimes.litert import LitertModel
 def open_litert(
     arguments: argparse.Namespace, examples: Sequence[Example]
 ) -> Iterator[stages.Runtime]:
-    """Open the file; a bundle tokenizes the prompts itself, as it will in an app."""
+    """Open the file; a bundle tokenizes the prompts itself, as it will in an app, and answers them."""
     facts: dict[str, Any] = {"format": LITERT, "size_bytes": arguments.model.stat().st_size}
     prompts: list[Sequence[int]] = [example.prompt_ids for example in examples]
     if arguments.bundle:
@@ -33,7 +33,19 @@ def open_litert(
         facts |= {"stored": describe_file(arguments.model), "prompts_tokenized_otherwise": differing}  # fmt: skip
     model = LitertModel(arguments.model, arguments.threads)
     facts["provenance"] = provenance("ai-edge-litert", "litert-torch", "litert-lm-api")
-    yield stages.Runtime(model.next_token_logits, prompts, model.vocabulary_size, facts)
+    texts = {tuple(ids): e.prompt for ids, e in zip(prompts, examples, strict=True)}
+
+    def answer_greedily(asked: Sequence[Sequence[int]], limit: int) -> list[str | None]:
+        with open_bundle(arguments.bundle, arguments.threads) as bundle:
+            return [bundle.complete(texts[tuple(prompt)], limit) for prompt in asked]
+
+    yield stages.Runtime(
+        model.next_token_logits,
+        prompts,
+        model.vocabulary_size,
+        facts,
+        answer_greedily if arguments.bundle else None,
+    )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any
 
 from pockettune.common import program
 from pockettune.litert.bundles import make_serving, write_bundle
-from pockettune.litert.files import describe_file
+from pockettune.litert.files import describe_file, lift_zero_scales
 from pockettune.litert.quantizing import quantize
 
 
@@ -25,6 +25,8 @@ def quantize_litert(
     with program.staged(output) as partial:
         quantize(source, settings["recipe"]["type"], partial)
         partial.chmod(0o644)  # the library marks it as a program
+        if lifted := lift_zero_scales(partial):
+            program.logger.info("%d blocks of zeros got a scale", lifted)
         stored = describe_file(partial)
     write_bundle(output, model / "tokenizer.json", make_serving(settings, model, ends), bundle)
     program.logger.info(

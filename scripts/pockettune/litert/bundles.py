@@ -152,6 +152,14 @@ class Bundle:
             reply = talk.send_message(messages[-1]).to_json()
         return "".join(part.get("text", "") for part in reply["content"])
 
+    def complete(self, prompt: str, limit: int) -> str | None:
+        """Return what is written behind a rendered prompt; None where it does not end within `limit` tokens."""
+        session = self.engine.create_session(apply_prompt_template=False, max_output_tokens=limit)
+        with session:
+            session.run_prefill([prompt])
+            text = str(session.run_decode().texts[0])
+        return text if len(self.engine.tokenize(text)) < limit else None
+
     def _talk(self, messages: Sequence[Mapping[str, str]], limit: int) -> Any:
         return self.engine.create_conversation(
             messages=list(messages[:-1]), max_output_tokens=limit

@@ -42,14 +42,16 @@ def export_float(model: Path, capacity: int, output: Path) -> None:
     # Nothing is fetched: the folder has all.
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     output.parent.mkdir(parents=True, exist_ok=True)
-    with program.staged(output) as partial:
-        # Under a name that the next `staged` clears, should this process be killed.
-        with tempfile.TemporaryDirectory(
+    # The folder's name is one that the next `staged` clears, should this process be killed.
+    with (
+        program.staged(output) as partial,
+        tempfile.TemporaryDirectory(
             dir=output.parent, prefix=f".{output.name}.", suffix=".partial"
-        ) as work:
-            with output_in_log("litert-torch"):
-                run_exporter(model, capacity, Path(work))
-            Path(work, "model.tflite").replace(partial)
+        ) as work,
+    ):
+        with output_in_log("litert-torch"):
+            run_exporter(model, capacity, Path(work))
+        Path(work, "model.tflite").replace(partial)
 
 
 def run_exporter(model: Path, capacity: int, work: Path) -> None:

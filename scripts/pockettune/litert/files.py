@@ -20,6 +20,7 @@ from pockettune.common.extras import use_extra
 # Bits that a weight of a type takes, beside its scale.
 BITS = {"FLOAT32": 32, "FLOAT16": 16, "INT8": 8, "INT4": 4, "INT2": 2}
 NAMES = {"FLOAT32": "F32", "FLOAT16": "F16"}
+SMALLEST = np.float16(2**-24)  # above 0
 # The exporter names a tensor after the modules that made it: …Qwen2DecoderLayer_3/…Linear_q_proj;
 LAYER = re.compile(r"DecoderLayer_(\d+)/")
 
@@ -51,14 +52,15 @@ class Weight:
         return int(found[0][1]) if found else None
 
 
-def open_flatbuffer(path: Path) -> Any:
-    """Return the root of a .tflite file; UserError where it is none."""
+def open_flatbuffer(path: Path, write: bool = False) -> Any:
+    """Return the root of a .tflite file; UserError where it is none. To `write` is to change the file."""
     use_extra("litert")
     from ai_edge_litert import schema_py_generated as schema
 
-    with path.open("rb") as file:
+    with path.open("r+b" if write else "rb") as file:
         try:
-            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            access = mmap.ACCESS_WRITE if write else mmap.ACCESS_READ
+            content = mmap.mmap(file.fileno(), 0, access=access)
         except ValueError:  # an empty file cannot be mapped
             content = None
     if content is None or content[4:8] != b"TFL3":
@@ -118,17 +120,47 @@ def _readers(model: Any, graph: Any) -> dict[int, set[str]]:
 
 def _scales(model: Any, graph: Any, tensor: Any) -> tuple[int | None, int]:
     """Return the block length of a tensor's scales, and the bytes that these take."""
+    if found := _block_scales(model, graph, tensor):
+        block, buffer = found
+        return block, len(stored_bytes(model, buffer))
+    told = tensor.Quantization()
+    return None, 4 * told.ScaleLength() if told else 0
+
+
+def _block_scales(model: Any, graph: Any, tensor: Any) -> tuple[int, int] | None:
+    """Return block length and the buffer of scales (float16) of a tensor that is quantized in blocks."""
     from ai_edge_litert import schema_py_generated as schema
 
     told = tensor.Quantization()
-    if told is None:
-        return None, 0
-    if told.DetailsType() == schema.QuantizationDetails.BlockwiseQuantization:
-        details = schema.BlockwiseQuantization()
-        details.Init(told.Details().Bytes, told.Details().Pos)
-        scales = graph.Tensors(details.Scales())
-        return details.BlockSize(), len(stored_bytes(model, scales.Buffer()))
-    return None, 4 * told.ScaleLength()
+    if told is None or told.DetailsType() != schema.QuantizationDetails.BlockwiseQuantization:
+        return None
+    details = schema.BlockwiseQuantization()
+    details.Init(told.Details().Bytes, told.Details().Pos)
+    return details.BlockSize(), graph.Tensors(details.Scales()).Buffer()
+
+
+def lift_zero_scales(path: Path) -> int:
+    """Give blocks of nothing but zeros the smallest scale there is, in place; return how many there were.
+
+    A block whose weights are all below 4e-7 gets a scale that is 0 in float16, with which XNNPACK refuses
+    the whole file ("unsupported scale value (0.000000)"). Its weights are then at most 4e-7 still.
+    """
+    lifted = 0
+    for scales in block_scales(open_flatbuffer(path, write=True)):
+        zero = scales == 0
+        lifted += int(zero.sum())
+        scales[zero] = SMALLEST
+    return lifted
+
+
+def block_scales(model: Any) -> list[np.ndarray]:
+    """Return the scales of every tensor that is quantized in blocks, float16, where they lie in the file."""
+    buffers = set()
+    for graph in (model.Subgraphs(i) for i in range(model.SubgraphsLength())):
+        for number in range(graph.TensorsLength()):
+            if found := _block_scales(model, graph, graph.Tensors(number)):
+                buffers.add(found[1])
+    return [stored_bytes(model, buffer).view(np.float16) for buffer in sorted(buffers)]
 
 
 def _names_of(enumeration: str) -> dict[int, str]:

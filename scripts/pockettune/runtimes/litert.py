@@ -34,20 +34,21 @@ class LitertModel:
         try:
             interpreter = Interpreter(model_path=str(path), num_threads=threads)
             names = interpreter.get_signature_list()
-            self.decode = interpreter.get_signature_runner("decode")
-            prefill = max((name for name in names if name.startswith("prefill_")), key=_length)
+            prefill = next(name for name in names if name.startswith("prefill_"))
             self.prefill = interpreter.get_signature_runner(prefill)
-        except (ValueError, RuntimeError) as error:
+            self.decode = interpreter.get_signature_runner("decode")
+            self.chunk = int(prefill.removeprefix("prefill_"))
+            inputs = self.decode.get_input_details()
+            self.capacity = int(inputs["mask"]["shape"][-1])
+            self.empty = {
+                name: np.zeros(told["shape"], told["dtype"])
+                for name, told in inputs.items()
+                if name.startswith("kv_cache")
+            }
+            # Types that are not taken show only now.
+            self.vocabulary_size = len(self.step(self.empty, 0, 0)[0])
+        except (ValueError, RuntimeError, StopIteration, KeyError) as error:
             raise UserError(f"{path}: LiteRT cannot open it: {error}") from error
-        self.chunk = _length(prefill)
-        inputs = self.decode.get_input_details()
-        self.capacity = int(inputs["mask"]["shape"][-1])
-        self.empty = {
-            name: np.zeros(told["shape"], told["dtype"])
-            for name, told in inputs.items()
-            if name.startswith("kv_cache")
-        }
-        self.vocabulary_size = int(self.decode.get_output_details()["logits"]["shape"][-1])
 
     def next_token_logits(self, prompts: Sequence[Tokens]) -> Iterator[np.ndarray]:
         """Yield the logits behind each prompt's last token, in order: (vocabulary,), float32."""
@@ -82,7 +83,3 @@ class LitertModel:
         seen = np.arange(self.capacity) <= positions[:, None]
         mask = np.where(seen, np.float32(0), MASKED)[None, None]
         return signature(tokens=tokens, input_pos=positions, mask=mask, **cache)  # type: ignore[no-any-return]
-
-
-def _length(signature: str) -> int:
-    return int(signature.removeprefix("prefill_"))
