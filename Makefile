@@ -1,4 +1,4 @@
-# setup | doctor | demo | app | phone | test | test-slurm | test-kills | lint | bench | bench-train | clean | clean-scratch.
+# setup | doctor | demo | onnx | litert | app | phone | test | test-slurm | test-kills | lint | bench | bench-train | clean | clean-scratch.
 # The README gives the first three in plain commands too.
 
 PYTHON ?= python3
@@ -25,7 +25,7 @@ BUILD = $(BIN)/python -m pip wheel --quiet --no-deps $(if $(CMAKE_ARGS),--no-cac
 INSTALL = $(BIN)/python -m pip install --quiet $(if $(PYTHONDONTWRITEBYTECODE),,--no-compile) \
 	--constraint constraints.txt
 
-.PHONY: setup doctor demo app phone test test-slurm test-kills lint bench bench-train clean clean-scratch
+.PHONY: setup doctor demo onnx litert app phone test test-slurm test-kills lint bench bench-train clean clean-scratch
 
 setup: .venv/installed
 
@@ -47,6 +47,15 @@ setup: .venv/installed
 .venv/packages:
 	grep -v '^llama-cpp-python' requirements.txt > .venv/requirements.txt
 	$(INSTALL) --requirement .venv/requirements.txt
+
+# What a recipe of another format needs, beside .venv, which does not grow by it. Without the packages'
+# own dependencies: the file names them all, and those that .venv has are not there twice.
+onnx litert: %: .packages/%/installed
+
+.packages/%/installed: requirements-%.txt .venv/installed
+	rm -rf .packages/$*
+	$(INSTALL) --no-deps --target .packages/$* --requirement $<
+	touch $@
 
 # Says what is missing before the hours are spent; needs no set-up, so that it can say that too.
 # make doctor CONFIG=runs/mine.yaml PROFILE=profiles/slurm

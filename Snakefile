@@ -30,6 +30,8 @@ include: "rules/common.smk"
 include: "rules/data.smk"
 include: "rules/train.smk"
 include: "rules/export.smk"
+include: "rules/onnx.smk"
+include: "rules/litert.smk"
 include: "rules/evaluate.smk"
 include: "rules/bundle.smk"
 include: "rules/app.smk"
@@ -47,7 +49,7 @@ onerror:
 rule all:
     default_target: True
     input:
-        variants=expand("<results>/{variant}.gguf", variant=VARIANTS),
+        variants=FILES,
         metrics="<results>/metrics.json",
         report="<results>/report.html",
         best=CHOICE,

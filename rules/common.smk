@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import yaml
+from snakemake.settings.types import DeploymentMethod
 
 sys.path.insert(0, f"{workflow.basedir}/scripts")
 
@@ -32,6 +33,8 @@ from pockettune.workflow.pins import (
     unpin_others,
 )
 from pockettune.common.errors import UserError
+from pockettune.common.extras import check_extras
+from pockettune.common.formats import FOREIGN, GGUF, file_name, float_rung, variants_of
 from pockettune.machine.estimate import request
 from pockettune.machine.run import Run
 from pockettune.workflow.imports import imported_files
@@ -107,22 +110,41 @@ GGUF_BASE = is_gguf(config["model"]["path"])
 KEEP_LAYERS = config["model"]["keep_layers"]
 CHOOSE_LAYERS = isinstance(KEEP_LAYERS, dict)
 VARIANTS = sorted(config["quantize"])
+GGUF_VARIANTS, ONNX_VARIANTS, LITERT_VARIANTS = (
+    variants_of(config["quantize"], kind) for kind in (GGUF, *FOREIGN)
+)
+# Formats that other exporters make of the merged model, and their unquantized exports.
+FORMATS = [kind for kind in FOREIGN if variants_of(config["quantize"], kind)]
+FLOAT_RUNGS = [float_rung(kind) for kind in FORMATS]
+with mistakes_in_one_line():
+    # Conda brings them itself.
+    if DeploymentMethod.CONDA not in workflow.deployment_settings.deployment_method:
+        check_extras(FORMATS, Path(workflow.basedir))
+FILES = [
+    f"<results>/{file_name(variant, config['quantize'][variant].get('format', GGUF))}"
+    for variant in VARIANTS
+]
 # What every file is made of: the merged model, or what trim_vocabulary makes of it, with tokens of its own.
 TRIM = config["vocabulary"]["keep"] == "task"
 SHIPPED_MODEL = "<results>/trimmed" if TRIM else "<results>/merged"
 SHIPPED_TOKENS = "<results>/trimmed_tokens" if TRIM else "<results>/tokens"
 VOCABULARY = "<results>/vocabulary.json" if TRIM else []
 # Whether any of them asks for it decides whether the rule is there.
-IMPORTANCE = any(recipe["importance"] for recipe in config["quantize"].values())
+IMPORTANCE = any(config["quantize"][variant]["importance"] for variant in GGUF_VARIANTS)
 # Without the section best.gguf is made only when it is asked for.
 CHOICE = [] if config["choose"] is None else "<results>/best.gguf"
 BUNDLED = config["bundle"]["file"]
 # Of whose predictions the bundle shows some: which file best.gguf is, stands in best.json.
-BUNDLE_CANDIDATES = VARIANTS if BUNDLED == "best" else [BUNDLED]
+BUNDLE_CANDIDATES = GGUF_VARIANTS if BUNDLED == "best" else [BUNDLED]
 STAGES = [
     *["tfidf", "base", "adapter", "merged"],
     *(["trimmed"] if TRIM else []),
-    *["f16", *VARIANTS],
+    *["f16", *GGUF_VARIANTS],
+    *[
+        stage
+        for kind in FORMATS
+        for stage in [float_rung(kind), *variants_of(config["quantize"], kind)]
+    ],
 ]
 SPLIT = config["evaluate"]["split"]
 # English stands in templates and programs.
@@ -219,6 +241,14 @@ def adapter_shape(wildcards):
 def variant_settings(wildcards):
     """Return one variant's recipe as canonical JSON."""
     return json.dumps(config["quantize"][wildcards.variant], sort_keys=True)
+
+
+def export_settings(wildcards):
+    """Return what decides a file of another format: a variant's recipe, or none for the float rung."""
+    variant = wildcards.get("variant")
+    recipe = config["quantize"][variant] if variant else {"type": "fp32"}
+    chosen = {name: config[name] for name in ("task", "dataset", "tokenize", "card")}
+    return json.dumps({**chosen, "recipe": recipe}, sort_keys=True, ensure_ascii=False)
 
 
 def variant_importance(wildcards):
@@ -338,7 +368,10 @@ JOBS = [
     "convert",
     "check_parity",
     *(["measure_importance"] if IMPORTANCE else []),
-    *[f"quantize_{variant}" for variant in VARIANTS],
+    *[f"quantize_{variant}" for variant in GGUF_VARIANTS],
+    *[f"export_{rung}" for rung in FLOAT_RUNGS],
+    *[f"check_parity_{kind}" for kind in FORMATS],
+    *[f"export_{variant}" for variant in [*ONNX_VARIANTS, *LITERT_VARIANTS]],
     *[f"evaluate_{stage}" for stage in STAGES],
 ]
 STARTED = time.time()

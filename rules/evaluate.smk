@@ -163,7 +163,7 @@ use rule evaluate_f16 as evaluate_variant with:
     benchmark:
         "<results>/benchmarks/evaluate_{variant}.tsv"
     wildcard_constraints:
-        variant="|".join(VARIANTS),
+        variant="|".join(GGUF_VARIANTS),
 
 
 # It measures time: with --cores 4 it runs alone, on a cluster it has its cores to itself.
@@ -178,7 +178,7 @@ rule measure_speed:
     benchmark:
         "<results>/benchmarks/measure_speed_{file}.tsv"
     wildcard_constraints:
-        file="|".join(["f16", *VARIANTS]),
+        file="|".join(["f16", *GGUF_VARIANTS]),
     conda:
         "../envs/llama_cpp.yaml"
     threads: 4
@@ -224,7 +224,7 @@ rule choose:
         **program("choose_file"),
         metrics="<results>/metrics.json",
         speed=expand("<results>/speed/{file}.json", file=["f16", *VARIANTS]),
-        files=expand("<results>/{variant}.gguf", variant=VARIANTS),
+        files=expand("<results>/{variant}.gguf", variant=GGUF_VARIANTS),
     output:
         json="<results>/best.json",
         gguf="<results>/best.gguf",
@@ -254,6 +254,7 @@ rule report:
         metrics="<results>/metrics.json",
         flips="<results>/flips.json",
         parity="<results>/parity.json",
+        format_parity=expand("<results>/parity_{kind}.json", kind=FORMATS),
         speed=expand("<results>/speed/{file}.json", file=["f16", *VARIANTS]),
         audit="<results>/dataset/audit.json",
         benchmarks=expand("<results>/benchmarks/{job}.tsv", job=JOBS),
@@ -276,7 +277,8 @@ rule report:
         settings=report_settings,
     shell:
         command(
-            "params.settings input.templates input.sentences input.metrics input.flips input.parity input.speed"
+            "params.settings input.templates input.sentences input.metrics input.flips input.parity"
+            " format-parity=input.format_parity input.speed"
             " input.audit input.vocabulary input.tokens input.adapter input.base input.benchmarks"
             " output.html output.card"
         )

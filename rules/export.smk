@@ -171,7 +171,7 @@ rule quantize:
     benchmark:
         "<results>/benchmarks/quantize_{variant}.tsv"
     wildcard_constraints:
-        variant="|".join(VARIANTS),
+        variant="|".join(GGUF_VARIANTS),
     conda:
         "../envs/llama_cpp.yaml"
     threads: 4

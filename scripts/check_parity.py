@@ -22,7 +22,7 @@ from pockettune.common.errors import UserError
 from pockettune.data.prompts import Example, Examples, take_evenly
 from pockettune.data.records import read_records
 from pockettune.models.folder import load_tokenizer, read_kept
-from pockettune.parity import computed, stored
+from pockettune.parity import computed, reference, stored
 from pockettune.parity.stored import Result
 from pockettune.runtimes.exact import load_exact
 from pockettune.runtimes.llama import LlamaModel
@@ -149,8 +149,8 @@ def check_computed(
     stops = [llama.stops_at(continuation[-1]) for continuation in said]
 
     exact = load_exact(model)
-    merged = computed.logits_of_torch(exact, prompts)
-    expected = computed.generate_greedy(exact, few, limit, ends)
+    merged = reference.logits_of_torch(exact, prompts)
+    expected = reference.generate_greedy(exact, few, limit, ends)
     del exact  # before the base is loaded beside it
     plain, adapted = computed.logits_of_adapter(base, adapter, prompts, kept)
     return [

@@ -13,6 +13,7 @@ Output  metrics.json: {"stages": {stage: {n, accuracy, macro_f1, unseen, size_by
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import pandas as pd
 
 from pockettune.common import program
 from pockettune.common.errors import UserError
+from pockettune.common.formats import FOREIGN, GGUF, float_rung
 from pockettune.data.records import read_records
 from pockettune.evaluation.calibration import confidence
 from pockettune.evaluation.intervals import compare_paired, wilson_interval
@@ -35,6 +37,7 @@ from pockettune.evaluation.verdict import judge, say
 from pockettune.tasks import load_task
 
 BASELINE, REFERENCE = "tfidf", "f16"
+RUNGS = [float_rung(kind) for kind in FOREIGN]
 REMEDY = "remove predictions/ and run again, so that all are scored anew"
 
 
@@ -48,9 +51,8 @@ def compare_stages(
     stages = {}
     names = list(predictions)
     for place, name in enumerate(names):
-        # Every variant is made of F16; any other stage of the one before it.
         after_reference = REFERENCE in names and place > names.index(REFERENCE)
-        before = REFERENCE if after_reference else names[max(place - 1, 0)]
+        before = stage_before(name, names, metrics[name].get("format", GGUF))
         table, entry = predictions[name], {**metrics[name]}
         entry["interval"] = wilson_interval(int(is_right(table).sum()), len(table))
         entry["calibration_error"] = calibration_error(
@@ -72,10 +74,25 @@ def compare_stages(
             reference, scored = common_rows(predictions[REFERENCE], table)
             divergence = kl_divergence(label_probabilities(reference), label_probabilities(scored))
             entry["kl_labels"] = describe_divergence(divergence)
-        if training.get("temperature") and (name == REFERENCE or after_reference):
+        is_file = name == REFERENCE or (after_reference and name not in RUNGS)
+        if training.get("temperature") and is_file:
             entry["at_temperature"] = calibrate(table, training)
         stages[name] = entry
     return {"stages": stages}
+
+
+def stage_before(name: str, names: Sequence[str], kind: str) -> str:
+    """Return the stage that one was made of; the first of all of itself.
+
+    A GGUF file is made of F16, a file of another format of that format's float rung, a rung of what F16
+    is made of, and any other stage of the one before it.
+    """
+    place = names.index(name)
+    if REFERENCE not in names or place <= names.index(REFERENCE):
+        return names[max(place - 1, 0)]
+    if name in RUNGS:
+        return names[names.index(REFERENCE) - 1]
+    return REFERENCE if kind == GGUF else float_rung(kind)
 
 
 def calibrate(table: pd.DataFrame, training: dict[str, Any]) -> dict[str, Any]:
@@ -153,6 +170,8 @@ def list_flips(
     flips = {}
     f16 = predictions[REFERENCE]
     for name, table in list(predictions.items())[list(predictions).index(REFERENCE) + 1 :]:
+        if name in RUNGS:
+            continue
         assert len(table) == len(f16), "files are all scored on the same rows"
         changed = np.flatnonzero(f16["prediction"] != table["prediction"])
         flips[name] = [

@@ -1,7 +1,6 @@
 """Measure what a GGUF file costs to run: speed of prompts and of generation, and memory.
 
-As llama-bench does: a warm-up, then repetitions; a prompt of 512 tokens in one batch, then 32 tokens
-one after another. In a process of its own, so that memory is the file's and not another's.
+In a process of its own, so that memory is the file's and not another's.
 
 Input   a GGUF file
 Output  JSON: {"prompt": {"tokens", "mean", "deviation"}, "generation": {…}} in tokens a second,
@@ -9,16 +8,14 @@ Output  JSON: {"prompt": {"tokens", "mean", "deviation"}, "generation": {…}} i
 """
 
 import argparse
-import statistics
-import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pockettune.common import program
 from pockettune.evaluation.metrics import provenance, resident_bytes
+from pockettune.evaluation.speed import GENERATED_TOKENS, PROMPT_TOKENS, measure_rates
 from pockettune.runtimes.llama import LlamaModel
-
-PROMPT_TOKENS, GENERATED_TOKENS, REPETITIONS = 512, 32, 3
 
 
 def measure_speed(gguf: Path, threads: int) -> dict[str, Any]:
@@ -26,35 +23,18 @@ def measure_speed(gguf: Path, threads: int) -> dict[str, Any]:
     before = resident_bytes()
     with LlamaModel(gguf, threads) as model:
         with model.open_context(PROMPT_TOKENS + GENERATED_TOKENS, PROMPT_TOKENS) as context:
-            rates = [time_once(context) for _ in range(1 + REPETITIONS)][1:]
+
+            def read(prompt: Sequence[int]) -> None:
+                context.clear()
+                context.decode([(0, 0, prompt)])
+
+            rates = measure_rates(read, lambda token, place: context.decode([(0, place, [token])]))
         after = resident_bytes()
-    prompt, generation = zip(*rates, strict=True)
     return {
-        "prompt": describe(PROMPT_TOKENS, prompt),
-        "generation": describe(GENERATED_TOKENS, generation),
+        **rates,
         "resident_bytes": after - before if before and after else None,
         "threads": threads,
         "provenance": provenance("llama-cpp-python"),
-    }
-
-
-def time_once(context: Any) -> tuple[float, float]:
-    """Return the rates of a prompt and of what is generated behind it."""
-    context.clear()
-    started = time.perf_counter()
-    context.decode([(0, 0, [token % 100 for token in range(PROMPT_TOKENS)])])
-    middle = time.perf_counter()
-    for number in range(GENERATED_TOKENS):
-        context.decode([(0, PROMPT_TOKENS + number, [number])])
-    end = time.perf_counter()
-    return PROMPT_TOKENS / (middle - started), GENERATED_TOKENS / (end - middle)
-
-
-def describe(tokens: int, rates: tuple[float, ...]) -> dict[str, float]:
-    return {
-        "tokens": tokens,
-        "mean": round(statistics.mean(rates), 1),
-        "deviation": round(statistics.stdev(rates), 1),
     }
 
 

@@ -1,6 +1,6 @@
 """Render one self-contained page, and a model card, from what the other programs wrote.
 
-Input   metrics.json, flips.json, parity.json, audit.json, speed of each file, the files' tokens/, adapter/, the
+Input   metrics.json, flips.json, parity.json and those of other formats, audit.json, speed of each file, the files' tokens/, adapter/, the
         base model's folder, benchmark files; the table of sentences of another language than English
 Output  report.html: works offline, no script, nothing loaded from anywhere
         card.md: the model card for a hub, with the same numbers
@@ -18,6 +18,7 @@ from typing import Any
 import pandas as pd
 
 from pockettune.common import program
+from pockettune.common.formats import GGUF, file_name
 from pockettune.common.pages import render_page
 from pockettune.common.words import Words, english, read_words
 from pockettune.evaluation import plots
@@ -62,6 +63,10 @@ def gather(arguments: argparse.Namespace, words: Words = english) -> dict[str, A
         "flips": program.read_json(arguments.flips),
         "flips_shown": FLIPS_SHOWN,
         "parity": program.read_json(arguments.parity),
+        "format_parity": {
+            path.stem.removeprefix("parity_"): program.read_json(path)
+            for path in arguments.format_parity
+        },
         "speed": speed,
         "choice": choice,
         "training": training,
@@ -77,8 +82,10 @@ def gather(arguments: argparse.Namespace, words: Words = english) -> dict[str, A
 
 
 def shown_file(choice: Mapping[str, Any]) -> str:
-    """Return the name of the chosen file, or of the smallest."""
-    return choice["chosen"] or next(name for name in choice["files"] if name != "f16")
+    """Return the name of the chosen file, or of the smallest GGUF file."""
+    return choice["chosen"] or next(
+        name for name, entry in choice["files"].items() if name != "f16" and entry["format"] == GGUF
+    )
 
 
 def without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,6 +122,7 @@ def render(template: Path, content: Mapping[str, Any], words: Words = english) -
         "interval": partial(say_interval, words=words), "claim": partial(say, words=words),
         "claim_in_short": partial(say_in_short, words=words), "why": partial(say_why, words=words),
         "choice_of_layers": partial(say_choice_of_layers, words=words),
+        "file_name": lambda stage, name: file_name(name, stage.get("format", GGUF)),
     }  # fmt: skip
     return render_page(template, {**content, "_": words}, filters)
 
@@ -301,6 +309,8 @@ def main() -> None:
     parser.add_argument("--metrics", type=Path, required=True, help="metrics.json")
     parser.add_argument("--flips", type=Path, required=True, help="flips.json")
     parser.add_argument("--parity", type=Path, required=True, help="parity.json")
+    # nargs="*": without a variant of another format there is none.
+    parser.add_argument("--format-parity", type=Path, nargs="*", default=[])
     parser.add_argument("--speed", type=Path, nargs="+", required=True)
     parser.add_argument("--audit", type=Path, required=True, help="audit.json")
     parser.add_argument("--vocabulary", type=Path, nargs="?", help="of a trimmed model")

@@ -279,7 +279,7 @@ def test_run_from_another_folder_is_refused_in_one_line(elsewhere: str, tmp_path
 def test_every_offered_type_is_known_to_llama_cpp() -> None:
     llama_cpp = pytest.importorskip("llama_cpp")
     gguf = pytest.importorskip("gguf")
-    recipe = SCHEMA["properties"]["quantize"]["additionalProperties"]["properties"]
+    recipe = SCHEMA["$defs"]["gguf"]["properties"]
     offered = recipe["type"]["enum"]
     assert [t for t in offered if not hasattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{t}")] == []
     of_tensors = recipe["tensors"]["additionalProperties"]["enum"]

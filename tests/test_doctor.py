@@ -515,7 +515,7 @@ def test_quantized_size_of_an_untied_model(recipe: str) -> None:
 
 def test_every_recipe_of_the_schema_can_be_estimated() -> None:
     schema = yaml.safe_load((ROOT / "schemas/config.schema.yaml").read_text())
-    types = schema["properties"]["quantize"]["additionalProperties"]["properties"]["type"]["enum"]
+    types = schema["$defs"]["gguf"]["properties"]["type"]["enum"]
     for recipe in types:
         for pure in (False, True):
             size = quantized.tensor_bytes(OF_QWEN, {"type": recipe, "pure": pure})

@@ -40,7 +40,7 @@ from pockettune.workflow.config import check_config
 from quantize_model import quantize_model
 
 SCHEMA = yaml.safe_load((ROOT / "schemas/config.schema.yaml").read_text())
-RECIPE = SCHEMA["properties"]["quantize"]["additionalProperties"]["properties"]
+RECIPE = SCHEMA["$defs"]["gguf"]["properties"]
 COARSE = {"Q2_K_S", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS"}
 
 QWEN = {"layers": 24, "hidden": 896, "inner": 4864, "heads": 14, "keys": 2, "vocabulary": 151_936}

@@ -242,6 +242,7 @@ def gather_report(
             metrics=results / "metrics.json",
             flips=flips,
             parity=results / "parity.json",
+            format_parity=[],
             speed=sorted((results / "speed").glob("*.json")),
             audit=results / "dataset/audit.json",
             tokens=results / "tokens",

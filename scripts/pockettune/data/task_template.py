@@ -89,11 +89,19 @@ def find_frame(tokenizer: "PreTrainedTokenizerBase", task: Task) -> Frame:
     )
 
 
-def write_template(frame: Frame) -> str:
-    """Return the chat template that renders as the frame does."""
-    text = "found.text" + "".join(
-        f".replace({quote(token)}, {quote(broken(token))})" for token in frame.control
-    )
+def write_template(frame: Frame, has_replace: bool = True) -> str:
+    """Return the chat template that renders as the frame does.
+
+    onnxruntime-genai's engine (0.18.0) has no `replace`: what splits and joins does the same.
+    """
+    text = "found.text"
+    for token in frame.control:
+        old, new = quote(token), quote(broken(token))
+        text = (
+            f"{text}.replace({old}, {new})"
+            if has_replace
+            else f"({text}.split({old}) | join({new}))"
+        )
     message = " + text + ".join(quote(part) for part in frame.parts)
     return (
         f"{HEAD}{{%- set text = {text} -%}}\n{{%- set asked = {message} -%}}\n"

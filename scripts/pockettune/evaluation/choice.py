@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pockettune.common.formats import GGUF
 from pockettune.common.words import Words, english
 from pockettune.evaluation.intervals import ONE_SIDED, paired_interval
 from pockettune.evaluation.verdict import judge, say
@@ -36,7 +37,8 @@ def choose(
     `stages` are those of metrics.json, `speed` what measure_speed.py wrote of each file, by name. Of
     the files proved as good the smallest is chosen, of equal size that with the higher bound; where
     none is proved, the file with the highest bound; None where none is within budget. F16 stands
-    among the files and is not chosen: the others are compared with it. "why" and each file's "over" are
+    among the files and is not chosen: the others are compared with it; nor is one of another format, which is
+    not what best.gguf is. "why" and each file's "over" are
     sentences, in the language of `words`.
     """
     files = {
@@ -46,7 +48,11 @@ def choose(
     }
     for entry in files.values():
         entry["front"] = not any(is_better(other, entry) for other in files.values())
-    candidates = {name: entry for name, entry in files.items() if name != REFERENCE}
+    candidates = {
+        name: entry
+        for name, entry in files.items()
+        if name != REFERENCE and entry["format"] == GGUF
+    }
     chosen, proved, why = decide(candidates, limits, words)
     return {
         "chosen": chosen, "proved": proved, "why": why, "limits": asdict(limits), "files": files,
@@ -87,7 +93,7 @@ def describe_file(
     """
     size, memory = entry["size_bytes"], speed["resident_bytes"]
     told = {
-        "size_bytes": size, "memory_bytes": memory, "accuracy": entry["accuracy"],
+        "format": entry.get("format", GGUF), "size_bytes": size, "memory_bytes": memory, "accuracy": entry["accuracy"],
         "prompt_rate": speed["prompt"]["mean"],
         "over": broken_limits(size, memory, limits, words),
     }  # fmt: skip

@@ -35,6 +35,7 @@ OF_THE_RUN: dict[str, Check] = {
     "model": models.check_model,
     "tokenizer": models.check_tokenizer,
     "recipes": models.check_recipes,
+    "formats": software.check_extra_packages,
     "folders": storage.check_folders,
     "disk": storage.check_disk,
     "memory": storage.check_memory,

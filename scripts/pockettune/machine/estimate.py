@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from pockettune.common.disk import used_bytes
+from pockettune.common.formats import FOREIGN, GGUF, file_name, float_rung, variants_of
+from pockettune.machine.exported import file_bytes, float_bytes
 from pockettune.machine.quantized import tensor_bytes
 from pockettune.machine.rows import Rows
 from pockettune.machine.run import Run
@@ -67,7 +69,7 @@ def disk_items(run: Run, shape: Shape | None, rows: Rows | None) -> dict[str, It
         "f16.gguf": run.results / "f16.gguf",
         "logits": run.results / "logits/f16.npy",
         "logs and report": run.results / "report.html",
-        **{f"{variant}.gguf": run.results / f"{variant}.gguf" for variant in settings["quantize"]},
+        **{name: run.results / name for name in file_names(settings["quantize"])},
     }  # fmt: skip
     items = {name: Item(path, sizes.get(name), path.exists()) for name, path in places.items()}
     if settings["vocabulary"]["keep"] == "full":
@@ -77,6 +79,14 @@ def disk_items(run: Run, shape: Shape | None, rows: Rows | None) -> dict[str, It
     if items["llama.cpp's converter"].there:
         del items["llama.cpp's source"]
     return items
+
+
+def file_names(quantize: Any) -> list[str]:
+    """Return the names of the recipes' files, and of the float rungs of their formats."""
+    rungs = [file_name(float_rung(kind), kind) for kind in FOREIGN if variants_of(quantize, kind)]
+    return rungs + [
+        file_name(name, recipe.get("format", GGUF)) for name, recipe in quantize.items()
+    ]
 
 
 def _disk_sizes(settings: Any, shape: Shape | None, rows: Rows | None) -> Iterator[tuple[str, int]]:
@@ -109,8 +119,11 @@ def _disk_sizes(settings: Any, shape: Shape | None, rows: Rows | None) -> Iterat
     yield "f16.gguf", tensor_bytes(shape, None) + vocabulary
     if rows:
         yield "logits", 2 * rows.scored(settings["evaluate"]) * shape.vocabulary
+    for kind in FOREIGN:
+        yield file_name(float_rung(kind), kind), float_bytes(shape) + vocabulary
     for variant, recipe in settings["quantize"].items():
-        yield f"{variant}.gguf", tensor_bytes(shape, recipe) + vocabulary
+        if (size := file_bytes(shape, recipe)) is not None:
+            yield file_name(variant, recipe.get("format", GGUF)), size + vocabulary
 
 
 def trainable(train: Any, shape: Shape) -> int:

@@ -1,6 +1,7 @@
 """The base model, where it is here already, and whether llama.cpp's converter will know its tokenizer."""
 
 from pockettune.common.errors import UserError, list_faults
+from pockettune.common.formats import GGUF
 from pockettune.gguf.recipes import REMEDY
 from pockettune.machine.findings import Finding, judge
 from pockettune.machine.hardware import LATE
@@ -69,7 +70,7 @@ def check_recipes(run: Run) -> list[Finding]:
     faults = [
         f"quantize.{variant} forces {', '.join(found)}"
         for variant, recipe in run.settings["quantize"].items()
-        if (found := misfits(shape, recipe))
+        if recipe.get("format", GGUF) == GGUF and (found := misfits(shape, recipe))
     ]
     return [
         judge(

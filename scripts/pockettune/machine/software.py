@@ -10,6 +10,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
+from pockettune.common.errors import UserError
+from pockettune.common.extras import check_extras
+from pockettune.common.formats import FOREIGN, variants_of
 from pockettune.machine.findings import Finding, judge
 from pockettune.machine.run import Run
 
@@ -82,6 +85,19 @@ def check_packages(run: Run) -> list[Finding]:
     return findings or [
         Finding("packages", "ok", f"the {len(needed)} {whose} are at their pins{told}")
     ]
+
+
+def check_extra_packages(run: Run) -> list[Finding]:
+    """The packages that other formats of the recipes need."""
+    kinds = [kind for kind in FOREIGN if variants_of(run.settings["quantize"], kind)]
+    if run.uses_conda or not kinds:
+        return [Finding("formats", "ok", "no packages needed beside those")]
+    try:
+        check_extras(kinds, run.root)
+    except UserError as error:
+        commands = " && ".join(f"make {kind}" for kind in kinds)
+        return [Finding("formats", "problem", str(error).partition(";")[0], commands)]
+    return [Finding("formats", "ok", f"packages of {', '.join(kinds)} are here")]
 
 
 def check_compiler(run: Run) -> list[Finding]:

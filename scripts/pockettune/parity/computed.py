@@ -4,17 +4,16 @@ Differences are measured in spreads: the standard deviation of a prompt's logits
 vocabulary, so that a bound fits models whose logits are of another size.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
+from pockettune.parity.reference import logits_of_torch
 from pockettune.parity.stored import Result, make_result
 from pockettune.runtimes.exact import load_exact
 from pockettune.runtimes.llama import LlamaModel
-from pockettune.runtimes.packing import next_token_logits
 
 Tokens = Sequence[int]
 
@@ -31,11 +30,6 @@ MERGE_BOUND = 0.02
 def logits_of_llama(model: LlamaModel, prompts: Sequence[Tokens]) -> np.ndarray:
     """Return the logits behind each prompt in llama.cpp: (prompts, vocabulary)."""
     return np.stack(list(model.next_token_logits(prompts)))
-
-
-def logits_of_torch(model: torch.nn.Module, prompts: Sequence[Tokens]) -> np.ndarray:
-    """Return the logits behind each prompt in PyTorch: (prompts, vocabulary)."""
-    return np.stack(list(next_token_logits(model, prompts)))
 
 
 def logits_of_adapter(
@@ -118,25 +112,6 @@ def describe(numbers: dict[str, Any]) -> str:
         f" logits within {numbers['max_answer_difference_in_spreads']:.2g} of the logits' spread"
         f" (allowed {numbers['bound_in_spreads']})"
     )
-
-
-def generate_greedy(
-    model: torch.nn.Module, prompts: Sequence[Tokens], limit: int, ends: Iterable[int]
-) -> list[list[int]]:
-    """Return each prompt's likeliest continuation in PyTorch, up to one of `ends` or `limit` tokens.
-
-    Computed anew for each token: a few short prompts need no cache.
-    """
-    stops = set(ends)
-    generated: list[list[int]] = [[] for _ in prompts]
-    for _ in range(limit):
-        running = [i for i, tokens in enumerate(generated) if stops.isdisjoint(tokens)]
-        if not running:
-            break
-        grown = [[*prompts[i], *generated[i]] for i in running]
-        for i, logits in zip(running, next_token_logits(model, grown), strict=True):
-            generated[i].append(int(logits.argmax()))
-    return generated
 
 
 def check_stops(

@@ -13,6 +13,7 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
 
 from pockettune.common.errors import UserError, list_faults
+from pockettune.common.formats import GGUF, variants_of
 
 Config = dict[str, Any]
 
@@ -56,7 +57,9 @@ def check_config(config: Config, schema: dict[str, Any]) -> None:
         faults = list(_contradictions(config))
     if faults:
         raise UserError(f"config: {list_faults(faults)}")
-    config.update(_spell_alike(config, schema))
+    config.update(_spell_alike(config, schema, schema))
+    for name in variants_of(config["quantize"], GGUF):
+        config["quantize"][name].pop("format", None)  # the same recipe as without
 
 
 def is_gguf(path: str | None) -> bool:
@@ -108,6 +111,9 @@ def drop_idle(config: Config) -> None:
         train["teacher"] = None
     if config["vocabulary"]["keep"] == "full":
         config["vocabulary"] = {"keep": "full"}
+    for recipe in config["quantize"].values():
+        if recipe["type"] == "int8":  # has one way
+            recipe.pop("algorithm", None)
     if train["adapter"]:
         config["train"] = {"adapter": train["adapter"]}
     if model["path"]:
@@ -156,24 +162,37 @@ def _boolean_labels(config: Config) -> Iterator[str]:
             )
 
 
-def _spell_alike(value: Any, schema: dict[str, Any]) -> Any:
+def _spell_alike(value: Any, schema: dict[str, Any], root: dict[str, Any]) -> Any:
     """Return a valid value with 16.0 as 16, where the schema has a number, and with defaults filled in.
 
-    A key that may be text too is left alone: a chat template prints its 16.0 as it is.
+    A key that may be text too is left alone: a chat template prints its 16.0 as it is. `root` is the
+    schema that references lead into.
     """
+    schema = _applying(schema, value, root)
     if isinstance(value, dict):
         known = schema.get("properties", {})
         others = schema.get("additionalProperties")
         others = others if isinstance(others, dict) else {}
         defaults = {key: rules["default"] for key, rules in known.items() if "default" in rules}
         return {
-            key: _spell_alike(entry, known.get(key, others))
+            key: _spell_alike(entry, known.get(key, others), root)
             for key, entry in (defaults | value).items()
         }
     types = schema.get("type")
     types = {types} if isinstance(types, str) else set(types or ())
     is_number = bool(types & {"number", "integer"}) and "string" not in types
     return int(value) if is_number and isinstance(value, float) and value.is_integer() else value
+
+
+def _applying(schema: dict[str, Any], value: Any, root: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of a schema that a value is held to, conditions and references followed."""
+    while "if" in schema or "$ref" in schema:
+        if "$ref" in schema:
+            schema = root["$defs"][schema["$ref"].removeprefix("#/$defs/")]
+        else:
+            fits = Draft202012Validator(schema["if"]).is_valid(value)
+            schema = schema["then" if fits else "else"]
+    return schema
 
 
 def _describe(error: ValidationError) -> Iterator[str]:
@@ -247,8 +266,14 @@ def _contradictions(config: Config) -> Iterator[str]:
             " on them is too high; set evaluate.split to test, or train.eval_every to null"
         )
     yield from _unusable_recipes(config["quantize"])
+    shipped = variants_of(config["quantize"], GGUF)
+    if not shipped:
+        yield (
+            "quantize has no recipe of format gguf, with which files of other formats are compared; add"
+            " one, such as q8_0: {type: Q8_0}"
+        )
     bundled = (config.get("bundle") or {}).get("file", "best")
-    if bundled not in (known := ["best", "f16", *config["quantize"]]):
+    if bundled not in (known := ["best", "f16", *shipped]):
         yield f"bundle.file is {bundled!r}; {_nearest(bundled, known)}"
     words = list(config["task"]["labels"].values())
     if len(set(words)) < len(words):
@@ -260,6 +285,8 @@ def _contradictions(config: Config) -> Iterator[str]:
 def _unusable_recipes(quantize: Config) -> Iterator[str]:
     """Yield the recipes that need an importance matrix and ask for none, and patterns that are none."""
     for variant, recipe in quantize.items():
+        if recipe["type"] == "int8" and "algorithm" in recipe:
+            yield f"quantize.{variant}.algorithm chooses among ways to int4; int8 has one, take it away"
         tensors = recipe.get("tensors", {})
         coarse = sorted(NEED_IMPORTANCE & {recipe["type"], *tensors.values()})
         if coarse and not recipe.get("importance"):

@@ -1,0 +1,172 @@
+"""Export the merged model to a folder that ONNX Runtime and its apps load, with onnxruntime-genai's builder.
+
+Input   a model folder; the recipe
+Output  <variant>.onnx/: model.onnx and its weights, genai_config.json (stop tokens, greedy answers), the
+        model's own tokenizer, the chat template of card.template, pockettune.json (task, recipe, the least
+        version of ONNX Runtime)
+"""
+
+import json
+import logging
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pockettune.common import program
+from pockettune.common.errors import UserError
+from pockettune.common.extras import use_extra
+from pockettune.data.serving import context_tokens
+from pockettune.data.task_template import find_frame, write_template
+from pockettune.evaluation.metrics import provenance
+from pockettune.models.folder import load_tokenizer, tensor_shapes
+from pockettune.runtimes.onnx import CHAT_TEMPLATE, CONFIG, MADE, WEIGHTS
+from pockettune.tasks import load_task
+
+# The oldest ONNX Runtime that was seen to load a folder of a type and to compute what 1.32.0 does.
+NEEDS = {"fp32": "1.32.0", "int8": "1.32.0", "int4": "1.32.0"}
+LEAST_CONTEXT = 1024
+
+
+def export_onnx(settings: Mapping[str, Any], model: Path, threads: int, output: Path) -> None:
+    """Write `model` by the recipe to the folder `output`."""
+    recipe = settings["recipe"]
+    torch.set_num_threads(threads)
+    parameters = sum(map(math.prod, tensor_shapes(model).values()))
+    context = max(context_tokens(settings["tokenize"]["max_length"]), LEAST_CONTEXT)
+    with program.staged(
+        output, needed=parameters * (4 if recipe["type"] == "fp32" else 1)
+    ) as partial:
+        build(model, recipe, context, partial)
+        finish_config(partial / CONFIG, context)
+        write_chat_template(model, settings, partial)
+        shutil.copyfile(model / "tokenizer.json", partial / "tokenizer.json")
+        program.write_json(partial / MADE, describe(settings, parameters))
+        size = (partial / WEIGHTS).stat().st_size
+    program.logger.info(
+        "%s: %.1f MB, %.2f bits a weight", output, size / 1e6, 8 * size / parameters
+    )
+
+
+def build(model: Path, recipe: Mapping[str, Any], context: int, output: Path) -> None:
+    """Run the builder in this process; what it prints goes into the log."""
+    use_extra("onnx")
+    cache = output / "cache"
+    place = ("", str(model), str(output), recipe["type"], "cpu", str(cache))
+    with printed_to_log():
+        from onnxruntime_genai.models import builder
+
+        try:
+            options = builder.parse_extra_options(*place, builder_options(recipe))
+            prepare(options["hf_details"]["hf_config"], context)
+            builder.create_model(*place, **options)
+        except (NotImplementedError, KeyError, AttributeError) as error:
+            config = program.read_json(model / "config.json")
+            raise UserError(
+                f"model {model} ({', '.join(config.get('architectures') or ['unknown'])}):"
+                f" onnxruntime-genai's exporter does not know it ({type(error).__name__}: {error}); take"
+                " recipes of format gguf"
+            ) from error
+    shutil.rmtree(cache, ignore_errors=True)
+
+
+def builder_options(recipe: Mapping[str, Any]) -> list[str]:
+    """Return the builder's options: nothing is asked of a hub, logits of the last token alone."""
+    options = ["hf_token=false", "prune_lm_head=true"]
+    if recipe["type"] != "fp32":
+        options += [f"block_size={recipe['block']}", f"accuracy_level={recipe['accuracy_level']}"]
+    if recipe.get("algorithm", "default") != "default":
+        options.append(f"algo_config={recipe['algorithm']}")
+    return options
+
+
+def prepare(config: Any, context: int) -> None:
+    """Mend a model's configuration, in place, where the builder misreads it.
+
+    Gemma 3: transformers 5 keeps rotations by kind of layer, the builder (0.18.0) reads transformers
+    4's layout. The tables of rotations are stored for every position that a model could ever take, 67 MB
+    of Gemma 3's; those of `context` are enough for the task.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    if "full_attention" in rope:
+        config.rope_local_base_freq = rope["sliding_attention"]["rope_theta"]
+        rope = config.rope_parameters = dict(rope["full_attention"])
+        config.rope_theta = rope["rope_theta"]
+    if rope.get("rope_type") == "default":
+        config.max_position_embeddings = min(config.max_position_embeddings, context)
+
+
+def finish_config(path: Path, context: int) -> None:
+    """Have answers be the likeliest ones, in room for the task: onnxruntime-genai takes all it may use at once."""
+    config = program.read_json(path)
+    config["search"] |= {
+        "do_sample": False,
+        "max_length": min(context, config["model"]["context_length"]),
+    }
+    program.write_json(path, config)
+
+
+def write_chat_template(model: Path, settings: Mapping[str, Any], output: Path) -> None:
+    """Write the chat template of card.template where onnxruntime-genai looks for it."""
+    tokenizer = load_tokenizer(model)
+    template = tokenizer.get_chat_template()
+    if settings["card"]["template"] == "task":
+        task = load_task(settings["task"], settings["dataset"])
+        template = write_template(find_frame(tokenizer, task), has_replace=False)
+    (output / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
+
+
+def describe(settings: Mapping[str, Any], parameters: int) -> dict[str, Any]:
+    """Return what a folder says of itself beside what the apps read."""
+    return {
+        "task": settings["task"],
+        "card": settings["card"],
+        "recipe": settings["recipe"],
+        "parameters": parameters,
+        "needs": {"onnxruntime": NEEDS[settings["recipe"]["type"]]},
+        "made_with": provenance("onnxruntime", "onnxruntime-genai", "torch", "transformers"),
+    }
+
+
+@contextmanager
+def printed_to_log() -> Iterator[None]:
+    """Send what a library prints to the log while the block runs, without its bars."""
+    with redirect_stdout(_Lines()), redirect_stderr(_Lines()):  # type: ignore[type-var]
+        yield
+
+
+class _Lines:
+    """A stream whose whole lines are logged; what is drawn over itself is not."""
+
+    def __init__(self) -> None:
+        self.open = ""
+
+    def write(self, text: str) -> int:
+        *lines, self.open = (self.open + text).split("\n")
+        for line in lines:
+            if line.strip() and "\r" not in line:
+                logging.getLogger("onnxruntime_genai").info(line)
+        return len(text)
+
+    def flush(self) -> None:
+        pass
+
+
+def main() -> None:
+    parser = program.argument_parser(__doc__)
+    parser.add_argument(
+        "--settings", type=json.loads, required=True,
+        help="recipe; sections task, dataset, tokenize, card",
+    )  # fmt: skip
+    parser.add_argument("--model", type=Path, required=True, help="merged model's folder")
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--output", type=Path, required=True, help="folder to make")
+    program.run(parser, lambda a: export_onnx(a.settings, a.model, a.threads, a.output))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""Measure what an ONNX folder costs to run: speed of prompts and of generation, and memory.
+
+In a process of its own, so that memory is the file's and not another's.
+
+Input   a folder of export_onnx.py
+Output  JSON: {"prompt": {"tokens", "mean", "deviation"}, "generation": {…}} in tokens a second,
+        "resident_bytes": what loading and running it added, "threads"
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pockettune.common import program
+from pockettune.evaluation.metrics import provenance, resident_bytes
+from pockettune.evaluation.speed import measure_rates
+from pockettune.runtimes.onnx import OnnxModel
+
+
+def measure_speed(folder: Path, threads: int) -> dict[str, Any]:
+    """Return the folder's rates in tokens a second, and the memory it takes."""
+    before = resident_bytes()
+    model = OnnxModel(folder, threads)
+    past = model.nothing()
+
+    def read(prompt: Sequence[int]) -> None:
+        nonlocal past
+        past = model.decode(prompt, model.nothing())[1]
+
+    def write(token: int, _: int) -> None:
+        nonlocal past
+        past = model.decode([token], past)[1]
+
+    rates = measure_rates(read, write)
+    after = resident_bytes()
+    return {
+        **rates,
+        "resident_bytes": after - before if before and after else None,
+        "threads": threads,
+        "provenance": provenance("onnxruntime"),
+    }
+
+
+def main() -> None:
+    parser = program.argument_parser(__doc__)
+    parser.add_argument("--model", type=Path, required=True, help="folder of export_onnx.py")
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--output", type=Path, required=True, help="JSON to write")
+
+    def work(a: argparse.Namespace) -> None:
+        result = measure_speed(a.model, a.threads)
+        program.write_json(a.output, result)
+        program.logger.info(
+            "%s: %s prompt and %s generated tokens a second",
+            a.model, result["prompt"]["mean"], result["generation"]["mean"],
+        )  # fmt: skip
+
+    program.run(parser, work)
+
+
+if __name__ == "__main__":
+    main()
