@@ -14,7 +14,7 @@ from pockettune.common.formats import LITERT
 from pockettune.data.prompts import Example
 from pockettune.evaluation import stages
 from pockettune.evaluation.metrics import provenance
-from pockettune.litert.bundles import open_bundle
+from pockettune.litert.bundles import LEAST_RUNTIME, open_bundle
 from pockettune.litert.files import describe_file
 from pockettune.runtimes.litert import LitertModel
 
@@ -30,7 +30,8 @@ def open_litert(
         with open_bundle(arguments.bundle, arguments.threads) as bundle:
             prompts = [bundle.tokenize(example.prompt) for example in examples]
         differing = sum(a != e.prompt_ids for a, e in zip(prompts, examples, strict=True))
-        facts |= {"stored": describe_file(arguments.model), "prompts_tokenized_otherwise": differing}  # fmt: skip
+        stored = describe_file(arguments.model) | {"least_runtime": f"LiteRT-LM {LEAST_RUNTIME}"}
+        facts |= {"stored": stored, "prompts_tokenized_otherwise": differing}
     model = LitertModel(arguments.model, arguments.threads)
     facts["provenance"] = provenance("ai-edge-litert", "litert-torch", "litert-lm-api")
     texts = {tuple(ids): e.prompt for ids, e in zip(prompts, examples, strict=True)}

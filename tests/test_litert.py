@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +20,29 @@ from check_parity_litert import check_parity_litert
 from conftest import ROOT, run_program
 from pockettune.common import program
 from pockettune.common.errors import UserError
-from pockettune.common.extras import INSTALLED, extra_folder, is_importable, use_extra
+from pockettune.common.extras import INSTALLED, MODULES, extra_folder, use_extra
 from pockettune.data.prompts import Examples
 from pockettune.litert import bundles
 from pockettune.litert.bundles import Serving, make_serving, open_bundle, write_bundle
 from pockettune.litert.files import (
     block_scales,
     describe_file,
-    least_runtime,
     lift_zero_scales,
     open_flatbuffer,
     read_weights,
 )
+from pockettune.machine import estimate
+from pockettune.machine.exported import file_bytes
+from pockettune.machine.findings import Once
+from pockettune.machine.models import check_recipes
+from pockettune.machine.shape import Shape, tensors_of
 from pockettune.parity.reference import logits_of_torch
 from pockettune.runtimes.exact import load_exact
 from pockettune.runtimes.litert import LitertModel
+from test_doctor import make_run
 from test_parity import COLUMNS, TASK, write_tokens
 
-HERE = is_importable("litert") or (extra_folder("litert", ROOT) / INSTALLED).exists()
+HERE = (extra_folder("litert", ROOT) / INSTALLED).exists() or bool(find_spec(MODULES["litert"]))
 needs_litert = pytest.mark.skipif(
     not HERE, reason="the packages of format litert are not here: make litert"
 )
@@ -149,7 +155,6 @@ def test_int4_is_smaller_than_int8_and_the_table_is_stored_once(
     assert four["embedding_type"] == eight["embedding_type"] == "INT8"
     sizes = [path.stat().st_size for path in (honest.export, *quantized.values())]
     assert sizes == sorted(sizes, reverse=True)
-    assert least_runtime(quantized[TYPES[1]]) == four["least_runtime"]
     prompts = prompts_of(honest)
     expected = np.stack(list(LitertModel(honest.export, 1).next_token_logits(prompts)))
     apart = [
@@ -271,9 +276,31 @@ def test_model_too_large_for_the_format_is_refused(
 ) -> None:
     import export_litert
 
-    monkeypatch.setattr(export_litert, "LARGEST", 1_000_000)
+    monkeypatch.setattr(export_litert, "LARGEST_TFLITE", 1_000_000)
     with pytest.raises(UserError, match=r"takes 0\.01 GB"):
         export_litert.check_size(tiny_model)
+
+
+def test_sizes_and_memory_are_said_beforehand() -> None:
+    """Against SmolLM2-135M's files: real bytes, which hold the graphs too."""
+    smollm2 = {
+        "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
+    }  # fmt: skip
+    shape = Shape(tensors_of(smollm2) or (), "")
+    for kind, size in zip(TYPES, (142_002_480, 92_145_872), strict=True):
+        estimated = file_bytes(shape, {"format": "litert", "type": kind})
+        assert estimated == pytest.approx(size, rel=0.06)
+    run = make_run(quantize={"a": {"format": "litert", "type": TYPES[0]}})
+    needed = estimate.memory_items(run, shape, None, "cpu", "fp32")
+    assert needed["export (LiteRT)"] == pytest.approx(3.49e9, rel=0.1)
+    large = replace(shape, tensors=shape.tensors * 5)
+    run.facts["shape"] = Once(lambda: large)
+    (finding,) = check_recipes(run)
+    assert (
+        finding.state == "problem"
+        and "holds 2.15 GB, the model takes 2.69 in fp32" in finding.detail
+    )
 
 
 def test_missing_packages_are_one_line_with_the_command(tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ from typing import Any
 from pockettune.common import program
 from pockettune.common.errors import UserError
 from pockettune.common.extras import use_extra
-from pockettune.data.chat import added_bos
+from pockettune.data.chat import added_bos, render_chat
 from pockettune.data.serving import context_tokens
-from pockettune.data.task_template import find_frame, write_template
+from pockettune.data.task_template import find_frame, quote, write_template
 from pockettune.litert.exporting import PREFILL
 from pockettune.models.folder import load_tokenizer
 from pockettune.tasks import load_task
@@ -65,13 +65,21 @@ def capacity(settings: Mapping[str, Any]) -> int:
 def make_serving(settings: Mapping[str, Any], model: Path, ends: Sequence[int]) -> Serving:
     """Return how a model folder's files are asked, of sections task, dataset, card and tokenize."""
     tokenizer = load_tokenizer(model)
-    start = (added_bos(tokenizer) or [None])[0]
-    template = AS_TEXT + tokenizer.get_chat_template()
     if settings["card"]["template"] == "task":
         frame = find_frame(tokenizer, load_task(settings["task"], settings["dataset"]))
         template = write_template(frame)
-        if frame.head.startswith(str(tokenizer.bos_token)):
-            start = None  # the template writes it
+    else:
+        # Which transformers tells a template, and LiteRT-LM does not.
+        told = "".join(
+            f"{{%- set {name} = {quote(token)} -%}}\n"
+            for name, token in tokenizer.special_tokens_map.items()
+            if isinstance(token, str)
+        )
+        template = told + AS_TEXT + tokenizer.get_chat_template()
+    start = (added_bos(tokenizer) or [None])[0]
+    prompt = render_chat(tokenizer, [{"role": "user", "content": "a"}], {}, template=template)
+    if start is not None and prompt.startswith(str(tokenizer.bos_token)):
+        start = None  # the template writes it
     return Serving(template, ends, start, capacity(settings))
 
 

@@ -14,8 +14,6 @@ from pockettune.common.native import output_in_log
 # Tokens that a prompt is computed in at a time. One length: each would be a graph of its own, and a
 # quantized table is stored once for each graph that looks tokens up in it otherwise than the head reads it.
 PREFILL = 64
-# The offsets in a flatbuffer.
-LARGEST = 2**31 - 1
 
 # Modules of litert-torch that make images. One imports TensorFlow, which the package does not ask for and
 # nothing here needs; the other builds on it.

@@ -173,20 +173,6 @@ def _names_of(enumeration: str) -> dict[int, str]:
     }
 
 
-def least_runtime(path: Path) -> str | None:
-    """Return the oldest version of the runtime that has all the file's operators, as the exporter tells it.
-
-    A version of TensorFlow Lite's; LiteRT counts on from it in 1.x and 2.x.
-    """
-    model = open_flatbuffer(path)
-    for i in range(model.MetadataLength()):
-        entry = model.Metadata(i)
-        if entry.Name() == b"min_runtime_version":
-            content = bytes(stored_bytes(model, entry.Buffer()))
-            return content.split(b"\0")[0].decode()
-    return None
-
-
 def describe_file(path: Path) -> dict[str, Any]:
     """Return what a .tflite file really stores, as gguf.files.describe_file does of a GGUF file.
 
@@ -202,7 +188,6 @@ def describe_file(path: Path) -> dict[str, Any]:
         "embedding_type": told_kind(tables[0]) if tables else None,
         "embedding_share": round(sum(w.size for w in tables) / size, 4) if tables else None,
         "fallback_share": 0.0,
-        "least_runtime": least_runtime(path),
     }
 
 
