@@ -104,6 +104,7 @@ rule pack_offline:
         model=hub_model(),
         fetched=OUT_OF_PACKAGES,
         requirements="requirements.txt",
+        extras=expand("requirements-{kind}.txt", kind=FORMATS),
         constraints="constraints.txt",
     output:
         bundle="<results>/offline.tar",
@@ -120,7 +121,8 @@ rule pack_offline:
     shell:
         command(
             "params.settings input.model params.packages downloads=resources/downloads"
-            " params.wheels input.requirements input.constraints output=output.bundle"
+            " params.wheels input.requirements input.extras input.constraints"
+            " output=output.bundle"
         )
 
 

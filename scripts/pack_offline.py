@@ -1,7 +1,7 @@
 """Pack what a config needs from outside into one file, for a machine without a network.
 
 Input   the model's folder as it was fetched, the dataset's repository, archives of packages; with
-        --wheels all, what pip finds for requirements.txt under constraints.txt
+        --wheels all, what pip finds for requirements.txt under constraints.txt, and for the lists of other formats
 Output  a tar, for scripts/unpack_offline.py: manifest.json with each file's SHA-256 and what it was
         made for, then the files by name. The same input makes the same bytes. Not compressed:
         weights and wheels do not get smaller
@@ -34,11 +34,12 @@ BUILT_THERE = "llama_cpp_python-"
 
 def pack_offline(
     settings: Mapping[str, Any], model: Path | None, packages: Sequence[str],
-    requirements: tuple[Path, Path] | None, downloads: Path, output: Path,
+    requirements: tuple[Path, Path] | None, downloads: Path, output: Path, extras: Sequence[Path] = (),
 ) -> None:  # fmt: skip
     """Gather the files, write down their checksums, and pack them.
 
-    Without `requirements` (requirements.txt and constraints.txt) no wheels are packed.
+    Without `requirements` (requirements.txt and constraints.txt) no wheels are packed; `extras` are the
+    formats' own lists, each complete by itself.
     """
     with contextlib.ExitStack() as stack:
         files = dict(package_files(packages, downloads))
@@ -59,6 +60,8 @@ def pack_offline(
             wheels = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=output.parent)))
             with disk.tell_full_disk(output, wheels):
                 gather_wheels(*requirements, wheels)
+                for extra in extras:
+                    run_pip("download", "--no-deps", "--dest", wheels, "--requirement", extra)
             files |= files_below(wheels, "wheels")
             holds["wheels"] = describe_python()
         write_bundle(files, holds, output)
@@ -167,6 +170,7 @@ def main() -> None:
     parser.add_argument("--downloads", type=Path, required=True, help="folder of what was fetched")
     parser.add_argument("--wheels", choices=["none", "all"], required=True)
     parser.add_argument("--requirements", type=Path, required=True)
+    parser.add_argument("--extras", type=Path, nargs="*", default=[], help="lists of other formats")
     parser.add_argument("--constraints", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True, help="tar to write")
 
@@ -179,6 +183,7 @@ def main() -> None:
             lists if arguments.wheels == "all" else None,
             arguments.downloads,
             arguments.output,
+            arguments.extras,
         )
 
     program.run(parser, work)
