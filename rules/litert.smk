@@ -127,7 +127,7 @@ if LITERT_VARIANTS:
         wildcard_constraints:
             variant="|".join(LITERT_VARIANTS),
         params:
-            settings=evaluation_settings("split", "limit"),
+            settings=evaluation_settings("split", "limit", "greedy_rows"),
 
     # It measures time: with --cores 4 it runs alone, on a cluster it has its cores to itself.
     rule measure_speed_litert:
