@@ -189,7 +189,7 @@ def test_files_of_all_formats_have_a_place_and_a_size() -> None:
 
 
 def test_every_format_has_its_pins_in_both_places() -> None:
-    for name in ("onnx",):
+    for name in ("onnx", "litert"):
         pins = [
             line.split("#")[0].strip()
             for line in (ROOT / f"requirements-{name}.txt").read_text().splitlines()
