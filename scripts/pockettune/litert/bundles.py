@@ -76,7 +76,7 @@ def make_serving(settings: Mapping[str, Any], model: Path, ends: Sequence[int]) 
             if isinstance(token, str)
         )
         template = told + AS_TEXT + tokenizer.get_chat_template()
-    start = (added_bos(tokenizer) or [None])[0]
+    start = next(iter(added_bos(tokenizer)), None)
     prompt = render_chat(tokenizer, [{"role": "user", "content": "a"}], {}, template=template)
     if start is not None and prompt.startswith(str(tokenizer.bos_token)):
         start = None  # the template writes it
