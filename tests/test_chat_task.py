@@ -147,6 +147,6 @@ def test_control_tokens_are_defused_in_every_turn() -> None:
 
 def test_score_is_the_share_of_tokens() -> None:
     references = [["a"], ["b", "c"]]
-    predictions = [[1, 2], TASK.combine([[3, 3], [2, 5]], [0.0, 0.0])]
+    predictions: list[Any] = [[1, 2], TASK.combine([[3, 3], [2, 5]], [0.0, 0.0])]
     assert TASK.score(references, predictions) == {"token_accuracy": 6 / 10, "tokens": 10}
     assert TASK.measure((0, 0)) == 1

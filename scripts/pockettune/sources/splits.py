@@ -2,7 +2,7 @@
 
 import glob
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ SPLITS = ("train", "validation", "test")
 
 
 def read_repository(
-    dataset: Mapping[str, Any], columns: list[str], downloads: Path
+    dataset: Mapping[str, Any], columns: Sequence[str], downloads: Path
 ) -> dict[str, pd.DataFrame]:
     """Download the repository of section dataset and return the rows of each split.
 

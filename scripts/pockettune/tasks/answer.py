@@ -40,7 +40,7 @@ class Answer:
         self.text_column = columns["text_column"]
         self.question_column = columns["question_column"]
         self.label_column = columns["label_column"]
-        self.columns = [self.text_column, self.question_column, self.label_column]
+        self.columns: Sequence[str] = [self.text_column, self.question_column, self.label_column]
         self.optional_columns: Sequence[str] = ()
 
     def settle(self, tables: Sequence["pd.DataFrame"]) -> None:
@@ -61,7 +61,7 @@ class Answer:
         if faults:
             raise ValueError(list_faults(faults))
         text, question = texts
-        answers = [
+        answers: list[list[Any]] = [
             [answer, find_nearest(text, answer, start)]
             for answer, start in read_answers(as_plain(row[self.label_column]))
         ]
@@ -96,7 +96,7 @@ class Answer:
 
     def _window(self, record: Record, begin: int, end: int) -> Record:
         """Return the record with a part of its text, and the places of the answers within."""
-        answers = [
+        answers: list[list[Any]] = [
             [answer, place - begin if begin <= place and place + len(answer) <= end else -1]
             for answer, place in record.get("answers", [])
         ]

@@ -25,8 +25,10 @@ class Chat:
         self.max_answer_tokens: int = settings["max_answer_tokens"]
         self.text_column = columns["text_column"]
         self.label_column = columns["label_column"]
-        self.columns = [name for name in (self.text_column, self.label_column) if name]
-        self.optional_columns = ["input", "system"]
+        self.columns: Sequence[str] = [
+            name for name in (self.text_column, self.label_column) if name
+        ]
+        self.optional_columns: Sequence[str] = ["input", "system"]
 
     def settle(self, tables: Sequence["pd.DataFrame"]) -> None:
         """Each row says by itself how its conversation is written."""

@@ -25,7 +25,7 @@ class Classification:
         self.labels: dict[str, str] = dict(sorted(settings["labels"].items()))
         self.text_column = columns["text_column"]
         self.label_column = columns["label_column"]
-        self.columns = [self.text_column, self.label_column]
+        self.columns: Sequence[str] = [self.text_column, self.label_column]
         self._read_as: dict[str, str] = {}  # by `settle`
 
     def settle(self, tables: Sequence["pd.DataFrame"]) -> None:

@@ -38,7 +38,7 @@ class Entities:
         self.max_answer_tokens: int = settings["max_answer_tokens"]
         self.text_column = columns["text_column"]
         self.label_column = columns["label_column"]
-        self.columns = [self.text_column, self.label_column]
+        self.columns: Sequence[str] = [self.text_column, self.label_column]
         self.optional_columns: Sequence[str] = ()
 
     def settle(self, tables: Sequence["pd.DataFrame"]) -> None:
