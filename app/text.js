@@ -117,10 +117,10 @@ function allows(grammar, state, ends, text, rest) {
 /** The first and the last character that may begin with these bytes of UTF-8; none behind a stray byte. */
 function characterRange([lead, ...others]) {
   const length = lead >= 0xf0 ? 4 : lead >= 0xe0 ? 3 : 2;
-  if (lead < 0xc2 || others.length + 1 >= length || others.some((byte) => byte >> 6 !== 2)) return [1, 0];
+  if (lead < 0xc2 || lead > 0xf4 || others.length + 1 >= length || others.some((byte) => byte >> 6 !== 2)) return [1, 0];
   const shift = 6 * (length - 1 - others.length);
   const first = others.reduce((code, byte) => (code << 6) | (byte & 63), lead & (0xff >> (length + 1))) << shift;
-  return [first, first + 2 ** shift - 1];
+  return [Math.max(first, [0x80, 0x800, 0x10000][length - 2]), first + 2 ** shift - 1];
 }
 
 /** The whole characters of bytes, and the bytes of one that is not whole yet. */

@@ -785,9 +785,14 @@ def test_entities_are_of_the_grammar_and_marked_in_the_text(text_app: Path, serv
     page = visit(serve(text_app).url)
     page.load()
     # The base says other words, so what it says here is the grammar's doing; it ends by the limit of tokens.
-    for written in ask_model(page, "Promise.resolve(model.write({ text: '房间' })).then((w) => [w.answer])"):
+    for written in ask_model(
+        page, "Promise.resolve(model.write({ text: '房间' })).then((w) => [w.answer])"
+    ):
         assert re.match(r"(地点|东西): |无$", written), written
-    told = [{"type": "地点", "name": "北京", "start": 1, "end": 3}, {"type": "地点", "name": "北京", "start": 4, "end": 6}]
+    told = [
+        {"type": "地点", "name": "北京", "start": 1, "end": 3},
+        {"type": "地点", "name": "北京", "start": 4, "end": 6},
+    ]
     read = "text.readEntities('地点: 北京\\n东西: 船\\n地点: 北京', '在北京和北京', model.task)"
     assert ask_model(page, read) == told, "what does not stand in the text is left out"
     assert ask_model(page, "text.readEntities('正面', '房间', model.task)") is None
@@ -796,14 +801,19 @@ def test_entities_are_of_the_grammar_and_marked_in_the_text(text_app: Path, serv
         f" app.model.write = async () => ({{ answer: '地点: {EVIL}\\n东西: 水', said: [1], ids: [1], seconds: 0, cut: null, ended: true }}); }}"
     )
     page.ask(f"喝水 {EVIL}")
-    assert page.page.eval_on_selector_all("mark", "all => all.map((m) => m.firstChild.data)") == ["水", EVIL]
+    assert page.page.eval_on_selector_all("mark", "all => all.map((m) => m.firstChild.data)") == [
+        "水",
+        EVIL,
+    ]
     assert page.page.query_selector("img") is None
     assert page.page.eval_on_selector_all("#labels li", "all => all.length") == 2
     page.page.click("#many summary")
     page.page.fill("#table", "text,n\n喝水,1\n ,2")
     page.page.click("#run")
     page.page.wait_for_selector("#save:not([hidden])", timeout=60_000)
-    written = page.page.evaluate("fetch(document.getElementById('save').href).then((r) => r.text())")
+    written = page.page.evaluate(
+        "fetch(document.getElementById('save').href).then((r) => r.text())"
+    )
     assert [len(row) for row in csv.reader(io.StringIO(written))] == [3, 3, 3]
 
 
@@ -815,13 +825,21 @@ def test_conversation_goes_on_and_is_cleared(text_app: Path, serve: Callable[...
     for place, text in enumerate((EVIL, "房间")):
         page.page.fill("#text", text)
         page.page.keyboard.press("Control+Enter")
-        page.page.wait_for_function(f"import('/app.js').then((m) => m.app.talk.length === {2 * place + 2})", timeout=60_000)
-    assert page.page.eval_on_selector_all("#talk li", "all => all.map((li) => li.className)") == ["user", "assistant"] * 2
+        page.page.wait_for_function(
+            f"import('/app.js').then((m) => m.app.talk.length === {2 * place + 2})", timeout=60_000
+        )
+    assert (
+        page.page.eval_on_selector_all("#talk li", "all => all.map((li) => li.className)")
+        == ["user", "assistant"] * 2
+    )
     assert page.page.query_selector("img") is None
     forgets = "model.reply(Array.from({ length: 41 }, (_, n) => ({ role: n % 2 ? 'assistant' : 'user', content: '房间很好' }))).then((r) => r.forgotten)"
     assert ask_model(page, forgets) is True
     stopped = ask_model(page, "text.writeAnswer(model, [1, 2, 3], { wanted: () => false })")
     assert stopped == {"answer": "", "said": [], "ended": False, "scores": []}
     page.page.click("#clear")
-    assert page.page.is_hidden("#talk") and page.page.evaluate("import('/app.js').then((m) => m.app.talk.length)") == 0
+    assert (
+        page.page.is_hidden("#talk")
+        and page.page.evaluate("import('/app.js').then((m) => m.app.talk.length)") == 0
+    )
     assert page.complaints == []

@@ -165,7 +165,9 @@ def test_text_is_judged_by_the_token_at_which_it_parts(said: str, judged: str, t
 
 
 def test_end_of_a_text_may_be_near_too_and_a_cut_one_may_go_on() -> None:
-    assert judge({**TEXT_ROW, "margins": [3.0, 3.0, 3.0, NEAR - 0.1]}, Reply("北京大学在")) == "near"
+    assert (
+        judge({**TEXT_ROW, "margins": [3.0, 3.0, 3.0, NEAR - 0.1]}, Reply("北京大学在")) == "near"
+    )
     cut = {**TEXT_ROW, "ended": False, "margins": [3.0, 3.0, 3.0]}
     assert judge(cut, Reply("北京大学在")) == "right"
 

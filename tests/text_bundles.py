@@ -75,9 +75,15 @@ def make_text_bundle(model: Path, folder: Path, kind: str) -> Path:
     told = ("--model", model, "--converter", CONVERTER, "--settings", json.dumps(settings))
     result = run_program("convert_model.py", *told, "--output", gguf)
     assert result.returncode == 0, result.stdout[-3000:]
-    common: dict[str, Any] = {"settings": settings, "tokens": tokens, "records": records, "threads": 2}
+    common: dict[str, Any] = {
+        "settings": settings,
+        "tokens": tokens,
+        "records": records,
+        "threads": 2,
+    }
     evaluate(
-        Namespace(**common, model=gguf, reference=None, metrics=metrics, predictions=predictions), open_gguf
+        Namespace(**common, model=gguf, reference=None, metrics=metrics, predictions=predictions),
+        open_gguf,
     )
     program.write_json(metrics, {"stages": {"f16": program.read_json(metrics)}})
     page = ROOT / "report/bundle.md.j2"
@@ -93,6 +99,8 @@ def make_text_app(folder: Path, kind: str, wllama: Path) -> Path:
     page = [path for path in sorted((ROOT / "app").iterdir()) if path.is_file()]
     names = {name: folder / name for name in ("bundle", "tokens")}
     make_app(
-        Namespace(settings=settings_of(kind), **names, wllama=wllama, page=page, output=folder / "app")
+        Namespace(
+            settings=settings_of(kind), **names, wllama=wllama, page=page, output=folder / "app"
+        )
     )
     return folder / "app"
