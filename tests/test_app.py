@@ -591,7 +591,7 @@ def test_text_of_a_megabyte_is_cut_and_said_so(folder: Path, serve: Callable[...
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda f: edit(f / "task.json", type="entities"), "This model is of another task (entities)"),
+        (lambda f: edit(f / "task.json", type="entities", labels=None), "This model is of another task (entities)"),
         (lambda f: (f / "task.json").write_text("{"), "A file of this page is missing or damaged (task.json"),
         (lambda f: (f / "app.json").unlink(), "A file of this page is missing or damaged (app.json"),
     ],
