@@ -640,7 +640,7 @@ function fillWords(task) {
   if (task?.turns) Object.assign($("answer").dataset, { words: "send" });
   if (task && !task.labels) $("many_how").dataset.words = "many_how_text";
   $("talk").setAttribute("aria-label", say("conversation"));
-  $("said").classList.toggle("text", task !== undefined && !task.labels);
+  for (const id of ["said", "answers"]) $(id).classList.toggle("text", task !== undefined && !task.labels);
   show("asked", task?.texts?.includes("question") ?? false);
   for (const element of document.querySelectorAll("[data-words]")) element.textContent = say(element.dataset.words);
 }
