@@ -39,7 +39,8 @@ def run_on_phone(
     sent = {path.name: device.put(path, path.name) for path in files}
     program.logger.info("running score-%s on %s", name, device.name)
     arguments = " ".join([*FILES, *map(str, options)])
-    command = f"cd {device.folder} && chmod 755 score-{name} && ./score-{name} {arguments}"
+    # Behind exit the shell waits for the program, and so tells of a signal in a number; sshd does not.
+    command = f"cd {device.folder} && chmod 755 score-{name} && ./score-{name} {arguments}; exit $?"
     measured = summarize(device.run(command, seconds=None))
     comparison = compare(list(read_records(files[-1])), measured["rows"])
     result = {

@@ -236,6 +236,9 @@ def test_change_remakes_the_app_and_nothing_else(app_run: Path) -> None:
         (app_run / name).write_bytes(before)
     before = (app_run / "runs/small.yaml").read_bytes()
     after_card = {"report": 1, "bundle": 1, "app": 1}
+    edit_run("bundle", file="q8_0")(app_run)
+    assert planned(app_run, *target) == {"bundle": 1, "app": 1}
+    (app_run / "runs/small.yaml").write_bytes(before)
     edit_run("report", title="x")(app_run)
     assert planned(app_run, *target) == after_card
     edit_run("choose", size_mb=1)(app_run)

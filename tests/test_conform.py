@@ -1,8 +1,9 @@
 """conform: each way of asking wrongly is told by its name."""
 
+import itertools
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -41,6 +42,7 @@ class Fake:
     """A server that answers rightly only what is asked as was trained."""
 
     fault: str = ""
+    noise: Iterator[int] = field(default_factory=itertools.count)
 
     def chat(self, messages: Sequence[Mapping[str, str]], greedy: bool) -> Reply:
         system = "".join(m["content"] for m in messages if m["role"] == "system")
@@ -69,7 +71,9 @@ class Fake:
             return Reply("负", prompt_tokens=21)
         if self.fault == "stop":
             return Reply("正\n\n正 user", prompt_tokens=20)
-        return Reply("正" if right else "我是助手", prompt_tokens=tokens)
+        # Beside a token that is no label: a log probability which no two answers share.
+        first: dict[int | str, float] = {0: float(-next(self.noise))}
+        return Reply("正" if right else "我是助手", prompt_tokens=tokens, first=first)
 
 
 FAULTS = {

@@ -87,6 +87,9 @@ def test_task_of_one_file_goes_the_whole_way(text_run: Path) -> None:
     assert stages["f16"]["constrained"]["understood"] == stages["f16"]["constrained"]["rows"] == 20
     assert stages["q8_0"]["parting"]["rows"] == 80
     assert stages["q4_k_m"]["verdict"]["claim"] in ("as good", "worse", "undecided")
+    page = (results / "report.html").read_text(encoding="utf-8")
+    assert "micro F1" in page and page.count('<div class="sample">') == 12
+    assert set(json.loads((results / "samples.json").read_text())[0]["answers"]) == set(stages)
 
 
 def reruns(folder: Path, **changed: dict[str, Any]) -> set[str]:
@@ -136,3 +139,13 @@ def test_keys_that_go_by_labels_are_refused(text_run: Path) -> None:
         "train.class_weights: balanced, model.keep_layers.choose: auto: made for labels"
         in result.stdout
     )
+
+
+@pytest.mark.parametrize("name", ["entities", "answer", "chat"])
+def test_run_file_of_a_task_can_be_planned(name: str, text_run: Path) -> None:
+    run = yaml.safe_load((text_run / f"runs/{name}.yaml").read_text())
+    for path in run["dataset"]["files"].values():
+        (text_run / path).parent.mkdir(parents=True, exist_ok=True)
+        (text_run / path).write_text("{}\n")
+    jobs = planned(text_run, "--configfile", f"runs/{name}.yaml")
+    assert jobs["train"] == jobs["evaluate_f16"] == 1 and "evaluate_tfidf" not in jobs
