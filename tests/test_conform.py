@@ -172,6 +172,8 @@ def test_end_of_a_text_may_be_near_too_and_a_cut_one_may_go_on() -> None:
     assert (
         judge({**TEXT_ROW, "margins": [3.0, 3.0, 3.0, NEAR - 0.1]}, Reply("北京大学在")) == "near"
     )
+    spaced = {**TEXT_ROW, "answer": " 北京大学", "ends": [3, 4, 5]}
+    assert judge(spaced, Reply("北京小学")) == "near", "servers take the space away"
     cut = {**TEXT_ROW, "ended": False, "margins": [3.0, 3.0, 3.0]}
     assert judge(cut, Reply("北京大学在")) == "right"
 
