@@ -221,8 +221,8 @@ def test_file_changed_while_it_is_read(
     settings = dataset(tmp_path)
     read = fetch_dataset_module.read_table
 
-    def read_then_change(path: Path, columns: list[str], labels: list[str]) -> pd.DataFrame:
-        table = read(path, columns, labels)
+    def read_then_change(path: Path, *others: Any) -> pd.DataFrame:
+        table = read(path, *others)
         if path.stem == "test":  # all were read now
             (tmp_path / f"{changed}.csv").write_text("text,label\n坏,1\n差,0\n")
         return table
