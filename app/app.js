@@ -1,5 +1,6 @@
 // The page: a text is asked about as it was in training, by the same llama.cpp, compiled for browsers.
 // Nothing leaves the device; index.html's Content-Security-Policy sees to that.
+import { Grammar, compareText, promptOf, promptOfContent, promptOfTalk, readEntities, withoutOldest, writeAnswer } from "./text.js";
 import { Wllama } from "./wllama.js";
 
 // ---------------------------------------------------------------- words
@@ -64,6 +65,22 @@ export const WORDS = {
     why_prompt: "the prompt differs",
     why_ids: "the tokens differ",
     why_answer: "the answer differs",
+    question: "Question",
+    message: "Message",
+    send: "Send",
+    clear: "New conversation",
+    conversation: "Conversation",
+    you: "You",
+    model: "Model",
+    no_question: "Type a question.",
+    no_answer: "The text has no answer.",
+    nothing: "Nothing was found in the text.",
+    other_form: "The answer is not of the form that was trained:",
+    unended: "the answer was cut off at {count} tokens",
+    halted: "stopped",
+    forgotten: "the oldest messages were left out: the model reads no more",
+    many_how_text: "Paste rows of a spreadsheet, or choose a csv file; the first row names the columns. You get it back with a column more.",
+    check_near_text: "{same} of {rows} answered as scored, {near} otherwise from a token on that was so close to another that another build may take that. Largest difference of a log probability: {largest}.",
     about: "{name}, {size} MB, {threads} · computed by wllama (MIT licence)",
     threads: "{count} threads",
     thread: "1 thread",
@@ -127,6 +144,22 @@ export const WORDS = {
     why_prompt: "提示词不同",
     why_ids: "词元不同",
     why_answer: "回答不同",
+    question: "问题",
+    message: "消息",
+    send: "发送",
+    clear: "新对话",
+    conversation: "对话",
+    you: "您",
+    model: "模型",
+    no_question: "请输入问题。",
+    no_answer: "文本中没有答案。",
+    nothing: "文本中没有找到。",
+    other_form: "回答不是训练时的格式：",
+    unended: "回答在 {count} 个词元处被截断",
+    halted: "已停止",
+    forgotten: "最早的消息未读：模型读不了更多",
+    many_how_text: "粘贴电子表格中的行，或选择 csv 文件；第一行是列名。得到的表格会多出一列。",
+    check_near_text: "{rows} 行中 {same} 行与评测时回答相同，{near} 行从某个词元起不同，但该词元与另一个非常接近，换一个构建版本就可能不同。对数概率的最大差：{largest}。",
     about: "{name}，{size} MB，{threads} · 由 wllama（MIT 许可证）计算",
     threads: "{count} 个线程",
     thread: "1 个线程",
@@ -369,8 +402,6 @@ function startsPattern(tokens) {
   return new RegExp(starts.join("|") || "(?!)", "gu");
 }
 
-// What the base's template does to a message (Frame in scripts/pockettune/data/task_template.py).
-const STRIPS = { "": (t) => t, lstrip: (t) => t.trimStart(), rstrip: (t) => t.trimEnd(), strip: (t) => t.trim() };
 const LIKELIEST = 256; // asked for first; all of the vocabulary only where a label is not among them
 const CHARACTERS_A_TOKEN = 100; // no text has more: longer ones are cut before they are tokenized
 
@@ -378,15 +409,16 @@ class Model {
   static async start(task, page, parts) {
     const model = new Model();
     Object.assign(model, { task, cached: [] });
-    model.words = task.labels;
+    model.words = task.labels ?? [];
     model.prefixes = model.words.map((word) => page.labels[word]);
     model.longest = page.longest_prompt;
     model.starts = sharedStarts(model.prefixes);
     model.control = startsPattern(task.control);
+    model.grammar = task.grammar ? new Grammar(task.grammar) : null;
     try {
       await model.#load(parts);
       const { meta } = model.wllama.getModelMetadata();
-      if (meta["pockettune.task.prompt"] !== task.prompt) throw new Told("other_model");
+      if ((meta["pockettune.task.prompt"] ?? "") !== task.prompt) throw new Told("other_model");
     } catch (error) {
       model.stop();
       throw error;
@@ -402,7 +434,8 @@ class Model {
     const logger = { debug: quiet, log: quiet, warn: quiet, error: (...told) => fail(new Error(told.map((t) => t?.message ?? t).join(" "))) };
     const paths = { "single-thread/wllama.wasm": "wllama.wasm", "multi-thread/wllama.wasm": "wllama-threads.wasm" };
     this.wllama = new Wllama(paths, { logger, suppressNativeLog: true });
-    const room = this.longest + Math.max(...this.prefixes.map((ids) => ids.length));
+    const answer = this.words.length > 0 ? Math.max(...this.prefixes.map((ids) => ids.length)) : this.task.max_tokens;
+    const room = this.longest + answer;
     const options = { n_ctx: room, n_batch: room, n_threads: threads() };
     await Promise.race([this.wllama.loadModel([parts.asBlob()], options), failed]);
   }
@@ -416,27 +449,28 @@ class Model {
     return text.replace(this.control, "$& ");
   }
 
-  async #encode(text) {
-    const { head, parts, tail, strip } = this.task;
-    const prompt = head + STRIPS[strip](parts.join(text)) + tail;
+  async encode(prompt) {
     const ids = [...(await this.wllama.tokenize(prompt, true))];
     const bos = this.wllama.getBOS();
     if (this.wllama.mustAddBosToken() && ids[0] !== bos) ids.unshift(bos);
     return { prompt, ids };
   }
 
-  /** The prompt and its ids, the text cut from its end where it is too long; `cut`: characters read, or null. */
-  async prompt(text) {
+  /**
+   * The prompt and its ids, the text cut from its end where it is too long; `cut`: characters read, or null.
+   * `write` makes the prompt of a text.
+   */
+  async prompt(text, write = (read) => promptOf(this.task, { text: read })) {
     const room = this.longest;
     const most = room * CHARACTERS_A_TOKEN;
     const characters = [...this.defuse(text.slice(0, most))];
-    let best = await this.#encode(characters.join(""));
+    let best = await this.encode(write(characters.join("")));
     let fits = characters.length;
     if (best.ids.length > room) {
-      [fits, best] = [0, await this.#encode("")];
+      [fits, best] = [0, await this.encode(write(""))];
       for (let beyond = characters.length; beyond - fits > 1; ) {
         const middle = (fits + beyond) >> 1;
-        const tried = await this.#encode(characters.slice(0, middle).join(""));
+        const tried = await this.encode(write(characters.slice(0, middle).join("")));
         if (tried.ids.length <= room) [fits, best] = [middle, tried];
         else beyond = middle;
       }
@@ -445,7 +479,7 @@ class Model {
   }
 
   /** Compute up to the end of `ids`; what the last call had at its start is kept. */
-  async #compute(ids) {
+  async compute(ids) {
     let same = 0;
     while (same < this.cached.length && same < ids.length - 1 && this.cached[same] === ids[same]) same++;
     if (same === 0) await this.wllama.kvClear();
@@ -472,7 +506,7 @@ class Model {
     const scores = this.words.map(() => 0);
     for (const start of this.starts) {
       const nexts = this.prefixes.flatMap((p, label) => (beginsWith(p, start) ? [[label, p[start.length]]] : []));
-      await this.#compute([...ids, ...start]);
+      await this.compute([...ids, ...start]);
       const found = await this.#probabilities(nexts.map(([, id]) => id));
       for (const [label, id] of nexts) scores[label] += Math.log(Math.max(found.get(id), 1e-38));
     }
@@ -481,6 +515,40 @@ class Model {
     const best = scores.indexOf(Math.max(...scores));
     const seconds = (performance.now() - began) / 1000;
     return { answer: this.words[best], probability: probabilities[best], probabilities, scores, prompt, ids, cut, seconds };
+  }
+
+  /** Write the answer about texts: writeAnswer's, with prompt, ids, cut and seconds. */
+  async write(texts, options) {
+    const began = performance.now();
+    const others = Object.fromEntries(Object.entries(texts).map(([name, text]) => [name, this.defuse(text)]));
+    const asked = await this.prompt(texts.text, (text) => promptOf(this.task, { ...others, text }));
+    const written = await writeAnswer(this, asked.ids, { grammar: this.grammar, ...options });
+    return { ...asked, ...written, seconds: (performance.now() - began) / 1000 };
+  }
+
+  /** Write the answer to a conversation; `forgotten`: whether its oldest messages were left out. */
+  async reply(messages, options) {
+    const began = performance.now();
+    let kept = messages.map(({ role, content }) => ({ role, content: this.defuse(content) }));
+    let asked = await this.encode(promptOfTalk(this.task, kept));
+    for (let less; asked.ids.length > this.longest && (less = withoutOldest(kept)) !== null; ) {
+      kept = less;
+      asked = await this.encode(promptOfTalk(this.task, kept));
+    }
+    const forgotten = kept.length < messages.length;
+    if (asked.ids.length > this.longest)
+      asked = await this.prompt(messages.at(-1).content, (content) => promptOfTalk(this.task, [...kept.slice(0, -1), { role: "user", content }]));
+    const written = await writeAnswer(this, asked.ids, { grammar: this.grammar, ...options });
+    return { cut: null, ...asked, ...written, forgotten, seconds: (performance.now() - began) / 1000 };
+  }
+
+  /** Answer a row of conformance.jsonl as it was scored: without a grammar. */
+  async replay(row) {
+    const { task } = this;
+    const prompt = row.messages ? promptOfTalk(task, row.messages)
+      : task.template === "task" ? promptOf(task, { text: this.defuse(row.message) }) : promptOfContent(task, row.message);
+    const asked = await this.encode(prompt);
+    return { ...asked, ...(await writeAnswer(this, asked.ids)) };
   }
 
   /** Give its memory back; not waited for, because a worker that failed never answers. */
@@ -551,7 +619,7 @@ function decodeText(buffer) {
 // ---------------------------------------------------------------- the page
 
 const SHOWN = 50; // rows of a table; the file has them all
-export const app = { task: null, page: null, checks: [], parts: null, model: null, registered: null, rows: null, wanted: false };
+export const app = { task: null, page: null, checks: [], parts: null, model: null, registered: null, rows: null, wanted: false, talk: [] };
 
 /** The content of a JSON file, or of each line. */
 async function readFile(name) {
@@ -565,14 +633,21 @@ async function readFile(name) {
   }
 }
 
-function fillWords() {
+/** Say all that index.html names, and what differs by the task in its words. */
+function fillWords(task) {
   document.documentElement.lang = LANGUAGE === "zh" ? "zh-CN" : "en";
+  if (task?.turns) Object.assign($("text_label").dataset, { words: "message" });
+  if (task?.turns) Object.assign($("answer").dataset, { words: "send" });
+  if (task && !task.labels) $("many_how").dataset.words = "many_how_text";
+  $("talk").setAttribute("aria-label", say("conversation"));
+  for (const id of ["said", "answers"]) $(id).classList.toggle("text", task !== undefined && !task.labels);
+  show("asked", task?.texts?.includes("question") ?? false);
   for (const element of document.querySelectorAll("[data-words]")) element.textContent = say(element.dataset.words);
 }
 
 /** Disable what would ask the model while it is asked. */
 function busy(state) {
-  for (const id of ["answer", "run", "check_run", "remove"]) $(id).disabled = state;
+  for (const id of ["answer", "run", "check_run", "remove", "clear"]) $(id).disabled = state;
   if (!state) $("run").disabled = app.rows === null;
 }
 
@@ -627,6 +702,7 @@ async function start() {
   const named = count > 1 ? say("threads", { count }) : say("thread");
   tell("about", say("about", { name: app.parts.model.name, size: megabytes(app.parts.model.bytes), threads: named }));
   for (const id of ["ask", "many", "check", "remove"]) show(id);
+  if (app.task.turns || app.task.texts?.includes("question")) show("many", false); // a row is one text
   busy(false);
 }
 
@@ -668,9 +744,11 @@ async function answerText(event) {
   event.preventDefault();
   const text = $("text").value;
   show("result");
-  $("labels").replaceChildren();
+  for (const id of ["labels", "marked"]) $(id).replaceChildren();
   tell("took", "");
   if (text.trim() === "") return tell("said", say("empty"));
+  if (app.task.turns) return sendMessage(text);
+  if (!app.task.labels) return writeAbout({ text, question: $("question").value });
   tell("said", say("thinking"));
   await withModel("said", async (model) => {
     const result = await model.ask(text);
@@ -692,6 +770,121 @@ function labelItem(word, probability) {
   meter.setAttribute("aria-label", word);
   item.append(name, share, meter);
   return item;
+}
+
+/** Have an answer written at `place`, with a button that stops it. */
+async function watched(place, work) {
+  app.wanted = true;
+  show("halt");
+  $("result").setAttribute("aria-busy", "true"); // a screen reader waits for the whole
+  await withModel(place, work);
+  $("result").removeAttribute("aria-busy");
+  show("halt", false);
+}
+
+const writing = (place) => ({ onText: (text) => { place.textContent = text; }, wanted: () => app.wanted });
+
+async function writeAbout(texts) {
+  if (app.task.texts.includes("question") && texts.question.trim() === "") return tell("said", say("no_question"));
+  tell("said", say("thinking"));
+  await watched("said", async (model) => {
+    const result = await model.write(texts, writing($("said")));
+    showAnswer(texts.text, result);
+    tellTook(result);
+  });
+}
+
+function tellTook({ seconds, ids, said, cut, ended, forgotten }) {
+  const notes = [say("took", { seconds: seconds.toFixed(1), tokens: ids.length + said.length })];
+  if (cut !== null) notes.push(say("cut", { count: cut }));
+  if (forgotten) notes.push(say("forgotten"));
+  if (!ended) notes.push(app.wanted ? say("unended", { count: said.length }) : say("halted"));
+  tell("took", notes.join("; "));
+}
+
+/** Show an answer as its task is: entities in the text and by type, else what was written. */
+function showAnswer(text, { answer }) {
+  const { types, no_answer } = app.task;
+  if (!types) return tell("said", answer.trim() === no_answer ? say("no_answer") : answer.trim());
+  const found = readEntities(answer, text, app.task);
+  if (found === null) return tell("said", `${say("other_form")} ${answer}`);
+  tell("said", found.length === 0 ? say("nothing") : "");
+  $("marked").replaceChildren(...markedText(text, found));
+  const names = {};
+  for (const { type, name } of found) (names[type] ??= new Set()).add(name);
+  $("labels").replaceChildren(...Object.entries(names).map(([type, set]) => entityItem(type, [...set])));
+}
+
+function markedText(text, found) {
+  const nodes = [];
+  let behind = 0;
+  for (const { type, start, end } of [...found].sort((a, b) => a.start - b.start)) {
+    const mark = document.createElement("mark");
+    const kind = document.createElement("small");
+    kind.textContent = type;
+    mark.append(text.slice(start, end), kind);
+    nodes.push(text.slice(behind, start), mark);
+    behind = end;
+  }
+  return [...nodes, text.slice(behind)];
+}
+
+function entityItem(type, names) {
+  const item = document.createElement("li");
+  const kind = document.createElement("span");
+  const list = document.createElement("span");
+  kind.textContent = type;
+  list.textContent = names.join(LANGUAGE === "zh" ? "、" : ", ");
+  item.append(kind, list);
+  return item;
+}
+
+function addMessage(role, text) {
+  const item = document.createElement("li");
+  const who = document.createElement("small");
+  const said = document.createElement("p");
+  item.className = role;
+  who.textContent = say(role === "user" ? "you" : "model");
+  said.textContent = text;
+  item.append(who, said);
+  $("talk").append(item);
+  show("talk");
+  return said;
+}
+
+/** Send a message of a conversation; one that is not answered at all does not stay in it. */
+async function sendMessage(content) {
+  tell("said", "");
+  const system = app.task.system ? [{ role: "system", content: app.task.system }] : [];
+  const asked = [...app.talk, { role: "user", content }];
+  addMessage("user", content);
+  const place = addMessage("assistant", say("thinking"));
+  $("text").value = "";
+  show("clear");
+  $("talk").setAttribute("aria-busy", "true");
+  await watched("said", async (model) => {
+    const result = await model.reply([...system, ...asked], writing(place));
+    place.textContent = result.answer;
+    app.talk = [...asked, { role: "assistant", content: result.answer }];
+    tellTook(result);
+  });
+  $("talk").removeAttribute("aria-busy");
+  if (app.talk.length < asked.length) $("text").value = content;
+  if (app.talk.length < asked.length) for (const _ of "ua") $("talk").lastChild.remove();
+}
+
+function clearTalk() {
+  app.talk = [];
+  $("talk").replaceChildren();
+  for (const id of ["talk", "clear", "result"]) show(id, false);
+  $("text").focus();
+}
+
+/** What a table gets for a text: the cells of its new columns. */
+async function answerCells(model, text) {
+  if (model.words.length === 0) return [text.trim() === "" ? "" : (await model.write({ text }, { wanted: () => app.wanted })).answer];
+  const result = text.trim() === "" ? null : await model.ask(text);
+  return [result?.answer ?? "", result ? result.probability.toFixed(4) : ""];
 }
 
 /** Take a table's text: offer its columns, or say what is wrong with it. */
@@ -734,7 +927,7 @@ async function takeFile(event) {
 async function answerTable() {
   const [names, ...rows] = app.rows;
   const column = Number($("column").value);
-  const out = [[...names, say("answer_column"), say("probability_column")]];
+  const out = [[...names, say("answer_column"), ...(app.task.labels ? [say("probability_column")] : [])]];
   app.wanted = true;
   show("stop");
   show("save", false);
@@ -743,10 +936,9 @@ async function answerTable() {
   await withModel("rows_said", async (model) => {
     for (const [done, row] of rows.entries()) {
       if (!app.wanted) break;
-      const text = row[column] ?? "";
-      const result = text.trim() === "" ? null : await model.ask(text);
-      const cells = names.map((_, i) => row[i] ?? "");
-      out.push([...cells, result?.answer ?? "", result ? result.probability.toFixed(4) : ""]);
+      const answered = await answerCells(model, row[column] ?? "");
+      if (!app.wanted) break; // an answer that was stopped is none
+      out.push([...names.map((_, i) => row[i] ?? ""), ...answered]);
       $("rows_done").value = (done + 1) / rows.length;
       const left = ((performance.now() - began) / (done + 1)) * (rows.length - done - 1) / 1000;
       tell("rows_said", say("rows_left", { done: done + 1, all: rows.length, left: span(left) }));
@@ -757,18 +949,20 @@ async function answerTable() {
   });
   show("stop", false);
   show("rows_done", false);
-  offerTable(out);
+  offerTable(out, column);
 }
 
 function span(seconds) {
   return seconds > 90 ? say("minutes", { count: Math.round(seconds / 60) }) : say("seconds", { count: Math.round(seconds) });
 }
 
-function offerTable(rows) {
+/** Show the table, whose texts stand in `column`, and offer it as a file. */
+function offerTable(rows, column) {
   const cellsOf = (row, kind) => row.map((text) => Object.assign(document.createElement(kind), { textContent: text }));
   const lines = rows.slice(0, SHOWN + 1).map((row, i) => {
     const line = document.createElement("tr");
     line.append(...cellsOf(row, i === 0 ? "th" : "td"));
+    line.cells[column].className = "read";
     return line;
   });
   $("answers").replaceChildren(...lines);
@@ -785,31 +979,47 @@ function textOf(row, { template, parts }) {
   return row.message.substr(parts[0].length, (row.message.length - around) / (parts.length - 1));
 }
 
-const NEAR = 0.5; // as in scripts/pockettune/evaluation/conformance.py
-
-/** What is otherwise than scored: null, "near" where the two best labels were closer than NEAR nats, or the cause. */
-function compare(row, { prompt, ids, answer }) {
+/** What is otherwise than scored: null, "near" where the two labels were closer than so many nats, or the cause. */
+function compare(row, { prompt, ids, answer }, near) {
   if (prompt !== row.prompt) return "why_prompt";
   if (ids.join() !== row.prompt_ids.join()) return "why_ids";
   if (answer === row.answer) return null;
   const lost = row.labels[row.answer].log_probability - row.labels[answer].log_probability;
-  return lost < NEAR ? "near" : "why_answer";
+  return lost < near ? "near" : "why_answer";
+}
+
+function count(told, row, why) {
+  if (why === null) told.same++;
+  else if (why === "near") told.near++;
+  else if (told.first === null) [told.first, told.why] = [row.id, why];
 }
 
 /** Ask the rows of conformance.jsonl again. Returns {rows, same, near, largest, first, why}. */
 async function conform(model, rows, onProgress = () => {}) {
   const told = { rows: rows.length, same: 0, near: 0, largest: 0, first: null, why: null };
   for (const [done, row] of rows.entries()) {
+    if (!row.labels) {
+      count(told, row, compareText(row, await replayed(model, row, told), model.task.near));
+      onProgress(done + 1);
+      continue;
+    }
     const result = await model.ask(textOf(row, model.task));
-    const why = compare(row, result);
-    if (why === null) told.same++;
-    else if (why === "near") told.near++;
-    else if (told.first === null) [told.first, told.why] = [row.id, why];
+    count(told, row, compare(row, result, model.task.near));
     for (const [i, word] of model.words.entries())
       told.largest = Math.max(told.largest, Math.abs(result.scores[i] - row.labels[word].log_probability));
     onProgress(done + 1);
   }
   return told;
+}
+
+/** Answer a row of text; note how far the log probabilities of the tokens that it shares with what was scored are. */
+async function replayed(model, row, told) {
+  const result = await model.replay(row);
+  for (const [place, score] of result.scores.entries()) {
+    told.largest = Math.max(told.largest, Math.abs(score - (row.log_probabilities[place] ?? score)));
+    if (result.said[place] !== row.answer_ids[place]) break;
+  }
+  return result;
 }
 
 async function checkAnswers() {
@@ -818,7 +1028,8 @@ async function checkAnswers() {
     progress(0);
     const told = await conform(model, app.checks, progress);
     const values = { ...told, largest: told.largest.toFixed(3), why: told.why && say(told.why) };
-    tell("check_said", say(told.first !== null ? "check_bad" : told.near > 0 ? "check_near" : "check_good", values));
+    const near = app.task.labels ? "check_near" : "check_near_text";
+    tell("check_said", say(told.first !== null ? "check_bad" : told.near > 0 ? near : "check_good", values));
     Object.assign($("check").dataset, told);
   });
 }
@@ -833,7 +1044,8 @@ function listen() {
   $("table").addEventListener("input", () => takeTable($("table").value));
   $("file").addEventListener("change", takeFile);
   $("run").addEventListener("click", answerTable);
-  $("stop").addEventListener("click", () => (app.wanted = false));
+  for (const id of ["stop", "halt"]) $(id).addEventListener("click", () => (app.wanted = false));
+  $("clear").addEventListener("click", clearTalk);
   $("check_run").addEventListener("click", checkAnswers);
 }
 
@@ -847,7 +1059,8 @@ async function open() {
     [app.task, app.page, app.checks] = await Promise.all(["task.json", "app.json", "conformance.jsonl"].map(readFile));
     document.title = app.page.title;
     tell("title", app.page.title);
-    if (app.task.type !== "classification") throw new Told("other_task", { kind: app.task.type });
+    if (!app.task.labels && !app.task.texts) throw new Told("other_task", { kind: app.task.type });
+    fillWords(app.task);
     $("check").querySelector("p").textContent = say("check_how", { count: app.checks.length });
     app.parts = await Parts.open(app.page.model);
   } catch (error) {

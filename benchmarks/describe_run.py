@@ -11,24 +11,33 @@ import pandas as pd
 
 from common import machine, write_page
 from pockettune.common import program
+from pockettune.evaluation.plots import say_metric
 
 
 def describe_stages(stages: dict[str, dict[str, Any]]) -> list[str]:
     """Return a table with a row a stage."""
+    metric = stages["f16"]["metric"]
     lines = [
-        "| stage | size, MB | rows | accuracy, % | 95 % interval | not in train, % | answers changed against F16 |",
+        f"| stage | size, MB | rows | {say_metric(metric)}, % | 95 % interval | not in train, % | answers changed against F16 |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, entry in stages.items():
         size = f"{entry['size_bytes'] / 1e6:.1f}" if entry["size_bytes"] else "–"
-        unseen = 100 * entry["unseen"].get("accuracy", float("nan"))
+        unseen = 100 * entry["unseen"].get(metric, float("nan"))
         low, high = (100 * bound for bound in entry["interval"])
-        flips = entry["against_f16"]["flips"] if "against_f16" in entry else "–"
+        flips = count_changed(entry) if "against_f16" in entry else "–"
         lines.append(
-            f"| {name} | {size} | {entry['n']:,} | {100 * entry['accuracy']:.1f} | {low:.1f} to {high:.1f} |"
+            f"| {name} | {size} | {entry['n']:,} | {100 * entry['score']:.1f} | {low:.1f} to {high:.1f} |"
             f" {unseen:.1f} | {flips} |"
         )
     return lines
+
+
+def count_changed(entry: dict[str, Any]) -> int:
+    """Return how many of a stage's answers are not F16's; of text, not to the end."""
+    if parting := entry.get("parting"):
+        return int(parting["rows"] - parting["equal"])
+    return int(entry["against_f16"]["flips"])
 
 
 def describe_jobs(folder: Path) -> list[str]:

@@ -175,7 +175,7 @@ def describe_across(whole: Path, runs: dict[str, Path]) -> list[str]:
                 continue
             paired = pair(reference, pd.read_parquet(results / f"predictions/{name}.parquet"))
             low, high = paired["interval"]
-            verdict = say(judge(paired["lost"], paired["gained"], paired["n"], MARGIN))
+            verdict = say(judge(paired, MARGIN))
             lines.append(
                 f"| {title} | {name} | {entry['size_bytes'] / 1e6:.1f} | 1/{size / entry['size_bytes']:.1f} |"
                 f" {100 * entry['accuracy']:.1f} | {paired['lost']}, {paired['gained']} |"

@@ -14,6 +14,7 @@ import numpy as np
 import yaml
 
 from common import ROOT, write_page
+from pockettune.evaluation.intervals import compare_changes
 from pockettune.evaluation.verdict import judge
 
 ROWS = (300, 1200, 10_000)
@@ -29,7 +30,7 @@ def simulate(n: int, loss: float, changes: float, margin: float, samples: int) -
     pairs, counts = np.unique(drawn[:, :2], axis=0, return_counts=True)
     claims: Counter[str] = Counter()
     for (lost, gained), count in zip(pairs.tolist(), counts.tolist(), strict=True):
-        claims[judge(lost, gained, n, margin)["claim"]] += count
+        claims[judge(compare_changes(lost, gained, n), margin)["claim"]] += count
     return claims
 
 

@@ -21,6 +21,7 @@ from pockettune.workflow.cluster import (
 from pockettune.workflow.config import (
     check_config,
     check_files,
+    check_text,
     drop_idle,
     is_gguf,
     local_files,
@@ -33,10 +34,12 @@ from pockettune.workflow.pins import (
     unpin_others,
 )
 from pockettune.common.errors import UserError
+from pockettune.data.task_template import check_template
 from pockettune.common.extras import check_extras
 from pockettune.common.formats import FOREIGN, GGUF, file_name, float_rung, variants_of
 from pockettune.machine.estimate import request
 from pockettune.machine.run import Run
+from pockettune.tasks import as_text_task, load_task
 from pockettune.workflow.imports import imported_files
 from pockettune.workflow.teacher import deciding_files, find_teacher, weight_bytes
 
@@ -68,6 +71,7 @@ PAGE = [
         "index.html",
         "manifest.webmanifest",
         "sw.js",
+        "text.js",
     ]
 ]
 
@@ -101,7 +105,14 @@ with mistakes_in_one_line():
 
 if NOT_PINNED and workflow.is_main_process:
     print(f"warning: {NOT_PINNED}", file=sys.stderr)
-drop_idle(config)
+# Answers of text are generated, and scored otherwise than labels.
+with mistakes_in_one_line():
+    TASK = load_task(config["task"], config["dataset"])
+    check_template(TASK, config["card"]["template"])
+    TEXT = as_text_task(TASK) is not None
+    if TEXT:
+        check_text(config)
+drop_idle(config, TEXT)
 # No rule's parameter: a checksum that is pinned or dropped later changes nothing that was made.
 PINS = pinned_files(config["model"].pop("sha256"))
 set_environment(config["hub"], PINS)
@@ -136,8 +147,17 @@ CHOICE = [] if config["choose"] is None else "<results>/best.gguf"
 BUNDLED = config["bundle"]["file"]
 # Of whose predictions the bundle shows some: which file best.gguf is, stands in best.json.
 BUNDLE_CANDIDATES = GGUF_VARIANTS if BUNDLED == "best" else [BUNDLED]
+# F16 itself stands beside the stages of text that are compared with it: its logits at every token of the
+# answers would fill the disk.
+KEPT_LOGITS = [] if TEXT else "<results>/logits/f16.npy"
+REFERENCE = "<results>/f16.gguf" if TEXT else KEPT_LOGITS
+SAMPLES = "<results>/samples.json" if TEXT else []
+# How many answers of a conversation are generated decides what PyTorch's rungs do too.
+SAMPLED = ["greedy_rows"] if TEXT else []
+RECORDS = f"<results>/dataset/{config['evaluate']['split']}.jsonl" if TEXT else []
 STAGES = [
-    *["tfidf", "base", "adapter", "merged"],
+    *([] if TEXT else ["tfidf"]),  # it counts characters to choose a label
+    *["base", "adapter", "merged"],
     *(["trimmed"] if TRIM else []),
     *["f16", *GGUF_VARIANTS],
     *[
@@ -183,11 +203,10 @@ def layers_to_keep(wildcards):
 
 def dataset_settings(wildcards):
     """Return what decides the records: the dataset and the labels, but not the prompt."""
-    task = {key: config["task"][key] for key in ("type", "labels")}
-    chosen = {
-        "dataset": config["dataset"],
-        "task": {**task, "system": "", "prompt": "{text}", "template_options": {}},
-    }
+    asked = {"system": "", "prompt": "{text}", "template_options": {}}
+    if TEXT:
+        asked["max_answer_tokens"] = 1
+    chosen = {"dataset": config["dataset"], "task": config["task"] | asked}
     return json.dumps(chosen, sort_keys=True, ensure_ascii=False)
 
 

@@ -42,6 +42,7 @@ rule evaluate_base:
         adapter=[],
         vocabulary=[],
         reference=[],
+        records=RECORDS,
     output:
         metrics="<results>/metrics/base.json",
         predictions="<results>/predictions/base.parquet",
@@ -57,11 +58,11 @@ rule evaluate_base:
         mem_mb=memory(8000, "evaluate (PyTorch)"),
         runtime="2h",
     params:
-        settings=evaluation_settings("split", "limit", "pytorch_limit"),
+        settings=evaluation_settings("split", "limit", "pytorch_limit", *SAMPLED),
     shell:
         command(
             "params.settings input.model input.adapter input.tokens input.vocabulary"
-            " input.reference threads output.metrics output.predictions"
+            " input.reference input.records threads output.metrics output.predictions"
         )
 
 
@@ -72,7 +73,8 @@ use rule evaluate_base as evaluate_adapter with:
         **folder("adapter", "<results>/adapter"),
         **folder("tokens", "<results>/tokens"),
         vocabulary=VOCABULARY,
-        reference="<results>/logits/f16.npy",
+        reference=REFERENCE,
+        records=RECORDS,
     output:
         metrics="<results>/metrics/adapter.json",
         predictions="<results>/predictions/adapter.parquet",
@@ -89,7 +91,8 @@ use rule evaluate_base as evaluate_merged with:
         **folder("tokens", "<results>/tokens"),
         adapter=[],
         vocabulary=VOCABULARY,
-        reference="<results>/logits/f16.npy",
+        reference=REFERENCE,
+        records=RECORDS,
     output:
         metrics="<results>/metrics/merged.json",
         predictions="<results>/predictions/merged.parquet",
@@ -108,7 +111,8 @@ if TRIM:
             **folder("tokens", SHIPPED_TOKENS),
             adapter=[],
             vocabulary=[],
-            reference="<results>/logits/f16.npy",
+            reference=REFERENCE,
+            records=RECORDS,
         output:
             metrics="<results>/metrics/trimmed.json",
             predictions="<results>/predictions/trimmed.parquet",
@@ -125,10 +129,11 @@ rule evaluate_f16:
         **folder("tokens", SHIPPED_TOKENS),
         model="<results>/f16.gguf",
         reference=[],
+        records=RECORDS,
     output:
         metrics="<results>/metrics/f16.json",
         predictions="<results>/predictions/f16.parquet",
-        reference="<results>/logits/f16.npy",
+        reference=KEPT_LOGITS,
     log:
         "<results>/logs/evaluate_f16.log",
     benchmark:
@@ -143,7 +148,7 @@ rule evaluate_f16:
         settings=evaluation_settings("split", "limit", "greedy_rows"),
     shell:
         command(
-            "params.settings input.model input.tokens input.reference threads"
+            "params.settings input.model input.tokens input.reference input.records threads"
             " write-reference=output.reference output.metrics output.predictions"
         )
 
@@ -153,7 +158,8 @@ use rule evaluate_f16 as evaluate_variant with:
         **program("evaluate_gguf"),
         **folder("tokens", SHIPPED_TOKENS),
         model="<results>/{variant}.gguf",
-        reference="<results>/logits/f16.npy",
+        reference=REFERENCE,
+        records=RECORDS,
     output:
         metrics="<results>/metrics/{variant}.json",
         predictions="<results>/predictions/{variant}.parquet",
@@ -204,6 +210,7 @@ rule compare:
             category="Metrics",
         ),
         flips="<results>/flips.json",
+        samples=SAMPLES,
     log:
         "<results>/logs/compare.log",
     benchmark:
@@ -215,7 +222,7 @@ rule compare:
     shell:
         command(
             "params.settings input.records input.metrics input.predictions input.adapter"
-            " output.json output.csv output.flips"
+            " output.json output.csv output.flips output.samples"
         )
 
 
@@ -249,10 +256,11 @@ rule report:
         **folder("adapter", "<results>/adapter"),
         **folder("base", BASE_MODEL),
         vocabulary=VOCABULARY,
-        templates=["report/report.html.j2", "report/card.md.j2"],
+        templates=["report/report.html.j2", "report/card.md.j2", "report/text.html.j2"],
         sentences=SENTENCES,
         metrics="<results>/metrics.json",
         flips="<results>/flips.json",
+        samples=SAMPLES,
         parity="<results>/parity.json",
         format_parity=expand("<results>/parity_{kind}.json", kind=FORMATS),
         speed=expand("<results>/speed/{file}.json", file=["f16", *VARIANTS]),
@@ -277,7 +285,7 @@ rule report:
         settings=report_settings,
     shell:
         command(
-            "params.settings input.templates input.sentences input.metrics input.flips input.parity"
+            "params.settings input.templates input.sentences input.metrics input.flips input.samples input.parity"
             " format-parity=input.format_parity input.speed"
             " input.audit input.vocabulary input.tokens input.adapter input.base input.benchmarks"
             " output.html output.card"

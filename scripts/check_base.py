@@ -36,7 +36,7 @@ ANY_ADAPTER = {"variant": "lora", "rank": 8, "alpha": 16, "dropout": 0.0, "targe
 
 LINEAGE = {
     "model": {"name": None, "revision": None, "path": "short"},
-    "dataset": {"name": None, "revision": None},
+    "dataset": {"name": None, "revision": None, "text_column": "text", "label_column": "label"},
     "task": {"type": "classification", "system": "", "prompt": "{text}",
              "labels": {"0": "0", "1": "1"}, "template_options": {}},
     "card": {"license": "other", "languages": ["en"], "template": "base"},

@@ -8,12 +8,14 @@ Output  metrics.json: {"stages": {stage: {n, accuracy, macro_f1, unseen, size_by
         both were scored on, all and unseen; verdict: whether it is as good as F16; kl_labels: from
         F16, over the allowed answers; at_temperature: of a file, calibration error and coverage
         flips.json: the rows whose answer a file changed against F16
+        samples.json: where answers are text, some records with what every stage answered
         metrics.csv: a row a stage, the numbers that fit one
 """
 
 import argparse
 import json
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,9 @@ import pandas as pd
 from pockettune.common import program
 from pockettune.common.errors import UserError
 from pockettune.common.formats import FOREIGN, GGUF, float_rung
+from pockettune.data.prompts import take_evenly
 from pockettune.data.records import read_records
+from pockettune.evaluation.bootstrap import compare_counts, metric_interval
 from pockettune.evaluation.calibration import confidence
 from pockettune.evaluation.intervals import compare_paired, wilson_interval
 from pockettune.evaluation.observers import describe_divergence
@@ -34,9 +38,10 @@ from pockettune.evaluation.statistics import (
     normalise,
 )
 from pockettune.evaluation.verdict import judge, say
-from pockettune.tasks import load_task
+from pockettune.tasks import Record, Task, TextTask, as_text_task, load_task
 
 BASELINE, REFERENCE = "tfidf", "f16"
+SAMPLES = 12
 RUNGS = [float_rung(kind) for kind in FOREIGN]
 REMEDY = "remove predictions/ and run again, so that all are scored anew"
 
@@ -46,31 +51,35 @@ def compare_stages(
     predictions: dict[str, pd.DataFrame],
     margin: float,
     training: dict[str, Any],
+    task: TextTask | None = None,
 ) -> dict[str, Any]:
-    """Return the stages' metrics under their names, each paired with the stages it stems from."""
+    """Return the stages' metrics under their names, each paired with the stages it stems from.
+
+    `task` is given where its answers are text.
+    """
     stages = {}
     names = list(predictions)
     for place, name in enumerate(names):
         after_reference = REFERENCE in names and place > names.index(REFERENCE)
         before = stage_before(name, names, metrics[name].get("format", GGUF))
         table, entry = predictions[name], {**metrics[name]}
-        entry["interval"] = wilson_interval(int(is_right(table).sum()), len(table))
-        entry["calibration_error"] = calibration_error(
-            confidence(label_scores(table), 1.0), is_right(table)
-        )
+        entry["score"] = entry[entry["metric"]]
+        entry |= describe_text(task, table) if task else describe_labels(table)
         if greedy := entry.get("greedy"):
             interval = wilson_interval(greedy["right"], greedy["rows"])
             entry["greedy"] = {
                 **greedy, "accuracy": greedy["right"] / greedy["rows"], "interval": interval,
             }  # fmt: skip
         if before not in (name, BASELINE):
-            entry["against_before"] = {"stage": before, **pair(predictions[before], table)}
+            entry["against_before"] = {"stage": before, **pair(predictions[before], table, task)}
         for key, other in (("against_f16", REFERENCE), ("against_tfidf", BASELINE)):
             if other in predictions and other != name:
-                entry[key] = pair(predictions[other], table)
+                entry[key] = pair(predictions[other], table, task)
         if paired := entry.get("against_f16"):
-            entry["verdict"] = judge(paired["lost"], paired["gained"], paired["n"], margin)
-        if REFERENCE in predictions and name not in (REFERENCE, BASELINE):
+            entry["verdict"] = judge(paired, margin)
+        if task and REFERENCE in predictions and name != REFERENCE:
+            entry["parting"] = find_partings(*common_rows(predictions[REFERENCE], table))
+        elif REFERENCE in predictions and name not in (REFERENCE, BASELINE):
             reference, scored = common_rows(predictions[REFERENCE], table)
             divergence = kl_divergence(label_probabilities(reference), label_probabilities(scored))
             entry["kl_labels"] = describe_divergence(divergence)
@@ -93,6 +102,52 @@ def stage_before(name: str, names: Sequence[str], kind: str) -> str:
     if name in RUNGS:
         return names[names.index(REFERENCE) - 1]
     return REFERENCE if kind == GGUF else float_rung(kind)
+
+
+def describe_labels(table: pd.DataFrame) -> dict[str, Any]:
+    """Return the interval of the accuracy, and the calibration error."""
+    sure = confidence(label_scores(table), 1.0)
+    return {
+        "interval": wilson_interval(int(is_right(table).sum()), len(table)),
+        "calibration_error": calibration_error(sure, is_right(table)),
+    }
+
+
+def describe_text(task: TextTask, table: pd.DataFrame) -> dict[str, Any]:
+    """Return the interval of the task's metric."""
+    return {"interval": metric_interval(count_rows(table), task.measure)}
+
+
+def find_partings(f16: pd.DataFrame, table: pd.DataFrame) -> dict[str, Any]:
+    """Return how many of the answers that both generated are F16's to the end, token by token.
+
+    "first_token": where the others part, the median of the places, from 1.
+    """
+    pairs = [
+        (json.loads(before), json.loads(after))
+        for before, after in zip(f16["answer_ids"], table["answer_ids"], strict=True)
+        if isinstance(before, str) and isinstance(after, str)
+    ]
+    places = [place for before, after in pairs if (place := parting_place(before, after))]
+    return {
+        "rows": len(pairs),
+        "equal": len(pairs) - len(places),
+        "first_token": float(np.median(places)) if places else None,
+    }
+
+
+def parting_place(before: list[list[int]], after: list[list[int]]) -> int | None:
+    """Return the place of the first token, from 1, in which a record's answers differ; None where in none."""
+    for first, second in zip(before, after, strict=True):
+        for place, (a, b) in enumerate(zip_longest(first, second), start=1):
+            if a != b:
+                return place
+    return None
+
+
+def count_rows(table: pd.DataFrame) -> np.ndarray:
+    """Return what the task counts of each row: (rows, numbers)."""
+    return table[[column for column in table if str(column).startswith("count_")]].to_numpy()
 
 
 def calibrate(table: pd.DataFrame, training: dict[str, Any]) -> dict[str, Any]:
@@ -118,17 +173,28 @@ def check_rows(predictions: dict[str, pd.DataFrame], answers: dict[str, str]) ->
             )
 
 
-def pair(before: pd.DataFrame, after: pd.DataFrame) -> dict[str, Any]:
+def right_answer(task: Task, record: Record) -> str:
+    """Return a record's right answer as it stands in the predictions."""
+    if text := as_text_task(task):
+        return json.dumps(text.reference(record), ensure_ascii=False)
+    return task.answer(record)
+
+
+def pair(before: pd.DataFrame, after: pd.DataFrame, task: TextTask | None = None) -> dict[str, Any]:
     """Compare two stages' answers to the same rows, and to those that do not stand in train."""
     before, after = common_rows(before, after)
     unseen = ~after["seen"].to_numpy()
+
+    def compare(rows: np.ndarray) -> dict[str, Any]:
+        if task:
+            return compare_counts(count_rows(before)[rows], count_rows(after)[rows], task.measure)
+        return compare_paired(is_right(before)[rows], is_right(after)[rows])
+
     return {
         "n": len(after),
         "flips": int((before["prediction"] != after["prediction"]).sum()),
-        **compare_paired(is_right(before), is_right(after)),
-        "unseen": compare_paired(is_right(before)[unseen], is_right(after)[unseen])
-        if unseen.any()
-        else None,
+        **compare(np.full(len(after), True)),
+        "unseen": compare(unseen) if unseen.any() else None,
     }
 
 
@@ -162,9 +228,12 @@ def label_probabilities(table: pd.DataFrame) -> np.ndarray:
 
 
 def list_flips(
-    predictions: dict[str, pd.DataFrame], texts: dict[str, str]
+    predictions: dict[str, pd.DataFrame], shown: dict[str, dict[str, str]]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Return each file's rows whose answer is not F16's: id, text, right answer, before, after."""
+    """Return each file's rows whose answer is not F16's: id, text, right answer, before, after.
+
+    `shown` is what show_record returns of each record, by id.
+    """
     if REFERENCE not in predictions:
         return {}
     flips = {}
@@ -173,18 +242,51 @@ def list_flips(
         if name in RUNGS:
             continue
         assert len(table) == len(f16), "files are all scored on the same rows"
-        changed = np.flatnonzero(f16["prediction"] != table["prediction"])
+        # Of text what was generated is shown; a row that was only read has none.
+        said = "answer" if "answer" in table else "prediction"
+        changed = np.flatnonzero((f16[said] != table[said]) & table[said].notna())
         flips[name] = [
             {
                 "id": table["id"][row],
-                "text": texts[table["id"][row]],
-                "reference": table["reference"][row],
-                "f16": f16["prediction"][row],
-                "now": table["prediction"][row],
+                **shown[table["id"][row]],
+                "f16": f16[said][row],
+                "now": table[said][row],
             }
             for row in changed
         ]
     return flips
+
+
+def show_record(task: Task, record: Record) -> dict[str, str]:
+    """Return what a record asks, "text", and its right answer, "reference", as they are read.
+
+    Of text the last message is shown, which may hold a question beside the text, and the right answers
+    of all questions, a line each, as the answers of a stage are.
+    """
+    if text := as_text_task(task):
+        whole = text.questions(record, lambda _: 0, 0)  # of no tokens: in no windows
+        answers = "\n".join(map(task.answer, whole))
+        return {"text": task.prompt(record)[-1]["content"], "reference": answers}
+    return {"text": record[task.text_field], "reference": task.answer(record)}
+
+
+def list_samples(
+    predictions: dict[str, pd.DataFrame], shown: dict[str, dict[str, str]]
+) -> list[dict[str, Any]]:
+    """Return some records that every stage answered, evenly spread: id, text, right answer, "answers"."""
+    answered = {
+        name: dict(zip(table["id"], table["answer"], strict=True))
+        for name, table in ((n, t[t["answer"].notna()]) for n, t in predictions.items())
+    }
+    common = [row for row in shown if all(row in answers for answers in answered.values())]
+    return [
+        {
+            "id": row,
+            **shown[row],
+            "answers": {name: answers[row] for name, answers in answered.items()},
+        }
+        for row in take_evenly(common, SAMPLES)
+    ]
 
 
 def as_table(compared: dict[str, Any]) -> pd.DataFrame:
@@ -213,6 +315,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True, help="metrics.json to write")
     parser.add_argument("--csv", type=Path, required=True, help="metrics.csv to write")
     parser.add_argument("--flips", type=Path, required=True, help="flips.json to write")
+    parser.add_argument("--samples", type=Path, nargs="?", help="samples.json to write, of text")
 
     def work(arguments: argparse.Namespace) -> None:
         loaded = [program.read_json(path) for path in arguments.metrics]
@@ -220,15 +323,18 @@ def main() -> None:
         tables = map(pd.read_parquet, arguments.predictions)
         predictions = dict(zip(metrics, tables, strict=True))
         task = load_task(arguments.settings["task"], arguments.settings["dataset"])
-        records = list(read_records(arguments.records))
-        check_rows(predictions, {record["id"]: task.answer(record) for record in records})
+        records = {record["id"]: record for record in read_records(arguments.records)}
+        text = as_text_task(task)
+        check_rows(predictions, {row: right_answer(task, r) for row, r in records.items()})
         training = program.read_json(arguments.adapter / "training.json")
         margin = arguments.settings["evaluate"]["margin"]
-        compared = compare_stages(metrics, predictions, margin, training)
+        compared = compare_stages(metrics, predictions, margin, training, text)
         with program.staged(arguments.csv) as partial:
             as_table(compared).to_csv(partial, index=False)
-        texts = {record["id"]: record[task.text_field] for record in records}
-        program.write_json(arguments.flips, list_flips(predictions, texts))
+        shown = {row: show_record(task, record) for row, record in records.items()}
+        program.write_json(arguments.flips, list_flips(predictions, shown))
+        if text:
+            program.write_json(arguments.samples, list_samples(predictions, shown))
         program.write_json(arguments.json, compared)
         for name, entry in compared["stages"].items():
             if "verdict" in entry:

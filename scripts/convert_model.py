@@ -1,8 +1,8 @@
 """Convert the merged model to a GGUF file with 16-bit weights, with llama.cpp's own converter.
 
 The file explains itself: base model, dataset, licence and languages stand in its general.* metadata,
-the task's prompt and labels in pockettune.*, with the temperature by which log probabilities are to be
-divided, where training found one; quantizing carries them on. It asks rightly by itself, too: its chat
+the task's prompt and labels in pockettune.*, or its grammar where it answers with text, with the temperature
+by which log probabilities are to be divided, where training found one; quantizing carries them on. It asks rightly by itself, too: its chat
 template is the task's own, and its sampling takes the likeliest token.
 
 Input   a model folder, and the one it was trimmed from, if it was; the folder that fetch_converter.py made
@@ -27,7 +27,7 @@ from pockettune.data.task_template import find_frame, write_template
 from pockettune.gguf.files import check_tensors
 from pockettune.gguf.tokenizer import name_pre_tokenizer
 from pockettune.models.folder import load_tokenizer, tensor_shapes
-from pockettune.tasks import load_task
+from pockettune.tasks import as_text_task, load_task
 
 # The pre-tokenizers that llama.cpp knows by name, by the pattern that tokenizer.json spells out.
 # The converter itself recognises published tokenizers by a checksum; one of your own, trained
@@ -161,17 +161,23 @@ def with_task(
 ) -> Callable[..., None]:
     """Return the converter's writing of metadata, which then writes the task's keys too."""
     write, task = metadata.set_gguf_meta_model, settings["task"]
+    text = as_text_task(load_task(task, settings["dataset"]))
 
     def write_all(self: Any, writer: Any) -> None:
         write(self, writer)
         for key in ("type", "system", "prompt"):
-            writer.add_string(f"pockettune.task.{key}", task[key])
+            writer.add_string(f"pockettune.task.{key}", task[key] or "")
         options = json.dumps(task["template_options"], sort_keys=True, ensure_ascii=False)
         writer.add_string("pockettune.task.template_options", options)
         writer.add_string("pockettune.task.template", settings["card"]["template"])
         writer.add_string("pockettune.task.day", day_options(DAY)["date_string"])
-        for key, values in (("values", list(task["labels"])), ("labels", list(task["labels"].values()))):  # fmt: skip
-            writer.add_array(f"pockettune.task.{key}", values)
+        if text is None:
+            for key, values in (("values", list(task["labels"])), ("labels", list(task["labels"].values()))):  # fmt: skip
+                writer.add_array(f"pockettune.task.{key}", values)
+        else:
+            writer.add_uint32("pockettune.task.max_answer_tokens", text.max_answer_tokens)
+            if grammar := text.grammar():
+                writer.add_string("pockettune.task.grammar", grammar)
         if temperature is not None:
             writer.add_float32("pockettune.temperature", temperature)
 

@@ -12,8 +12,10 @@ from functools import partial
 from pockettune.data.prompts import Example
 from pockettune.evaluation import stages
 from pockettune.evaluation.metrics import provenance
+from pockettune.evaluation.text_stages import TextRuntime
 from pockettune.gguf.files import describe_file
-from pockettune.runtimes.greedy import answer_greedily
+from pockettune.runtimes.generation import generate, logits_at
+from pockettune.runtimes.greedy import answer_greedily, as_text
 from pockettune.runtimes.llama import LlamaModel
 
 
@@ -37,6 +39,13 @@ def open_gguf(
             model.vocabulary_size,
             facts,
             partial(answer_greedily, model),
+            TextRuntime(
+                prompts,
+                partial(logits_at, model),
+                partial(generate, model, ends=model.end_tokens()),
+                partial(as_text, model),
+                takes_grammar=True,
+            ),
         )
 
 

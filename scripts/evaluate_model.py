@@ -12,13 +12,16 @@ from functools import partial
 
 import torch
 
+from pockettune.common import program
 from pockettune.data.prompts import Example
 from pockettune.evaluation import stages
 from pockettune.evaluation.metrics import provenance
-from pockettune.models.folder import weight_files
+from pockettune.evaluation.text_stages import TextRuntime
+from pockettune.models.folder import load_tokenizer, weight_files
 from pockettune.runtimes.exact import load_exact
+from pockettune.runtimes.generation_pytorch import generate
 from pockettune.runtimes.memory import ELSEWHERE, memory_hint
-from pockettune.runtimes.packing import next_token_logits
+from pockettune.runtimes.packing import logits_at, next_token_logits
 
 
 @contextmanager
@@ -47,7 +50,16 @@ def load_runtime(arguments: argparse.Namespace, examples: Sequence[Example]) -> 
         "provenance": provenance("torch", "transformers"),
     }
     prompts = [example.prompt_ids for example in examples]
-    return stages.Runtime(partial(next_token_logits, model), prompts, vocabulary_size, facts)
+    tokenizer = load_tokenizer(arguments.model)
+    ends = program.read_json(arguments.tokens / "answers.json")["ends"]
+    text = TextRuntime(
+        prompts,
+        partial(logits_at, model),
+        partial(generate, model, ends=ends),
+        partial(tokenizer.decode, skip_special_tokens=True),
+    )
+    logits = partial(next_token_logits, model)
+    return stages.Runtime(logits, prompts, vocabulary_size, facts, text=text)
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ def describe(settings: Mapping[str, Any], parameters: int) -> dict[str, Any]:
 @contextmanager
 def printed_to_log() -> Iterator[None]:
     """Send what a library prints to the log while the block runs, without its bars."""
-    with redirect_stdout(_Lines()), redirect_stderr(_Lines()):  # type: ignore[type-var]
+    with redirect_stdout(_Lines()), redirect_stderr(_Lines()):
         yield
 
 

@@ -1,6 +1,6 @@
 """Fetch a labelled dataset and write it as train, validation and test records, with an audit.
 
-Input   a dataset on the hub, or local csv, tsv, jsonl or parquet files
+Input   a dataset on the hub, or local files of a format of pockettune.data.records
 Output  {train,validation,test}.jsonl: id, the task's fields, and whether the text stands in train
         audit.json: rows, labels, lengths, duplicates, test rows that stand in train, contradictions
 """
@@ -23,6 +23,8 @@ from pockettune.sources.splits import SPLITS, read_repository
 from pockettune.tasks import Record, Task, load_task
 from pockettune.tasks.classification import as_key
 
+COMMONEST = 10  # answers of text that the audit shows
+
 
 def fetch_dataset(
     dataset: Mapping[str, Any], task_settings: Mapping[str, Any], downloads: Path, output: Path
@@ -33,14 +35,15 @@ def fetch_dataset(
     be of two states, and Snakemake would take the newer for the one that was read.
     """
     task = load_task(task_settings, dataset)
-    columns = [dataset["text_column"], dataset["label_column"]]
+    words = task.constrain()
     before = file_states(dataset["files"])
     if dataset["files"]:
-        labels = [*task_settings["labels"], *task_settings["labels"].values()]
-        tables = read_files(dataset["files"], dataset["split"], columns, labels)
+        labels = [*task_settings["labels"], *words] if words else []
+        tables = read_files(dataset["files"], dataset["split"], task, labels)
     else:
-        tables = read_repository(dataset, columns, downloads)
-    tables = drop_unlabelled(tables, dataset, task_settings["labels"])
+        tables = read_repository(dataset, task.columns, downloads)
+    if words:
+        tables = drop_unlabelled(tables, dataset, task_settings["labels"])
     task.settle(list(tables.values()))
     records, faults = {}, {}
     for split, table in tables.items():
@@ -72,7 +75,9 @@ def fetch_dataset(
                 split,
                 broken,
             )
-        if len(facts["answers"]) == 1:  # as the first rows of a dataset that is sorted by label
+        if (
+            words and len(facts["answers"]) == 1
+        ):  # as the first rows of a dataset that is sorted by label
             answer = next(iter(facts["answers"]))
             program.logger.warning("%s: every row is answered %s; take other rows", split, answer)
 
@@ -88,14 +93,20 @@ def file_states(files: Mapping[str, str] | None) -> dict[str, tuple[int, ...]]:
 
 
 def read_files(
-    files: Mapping[str, str], split: Mapping[str, Any], columns: list[str], labels: list[str]
+    files: Mapping[str, str], split: Mapping[str, Any], task: Task, labels: list[str]
 ) -> dict[str, pd.DataFrame]:
     """Read a file a split, or cut one file into three by its texts."""
+
+    def read(name: str) -> pd.DataFrame:
+        return read_table(Path(files[name]), task.columns, labels, task.optional_columns)
+
     if "all" not in files:
-        return {name: read_table(Path(files[name]), columns, labels) for name in SPLITS}
-    table = read_table(Path(files["all"]), columns, labels)
-    text, label = (table[column] for column in columns)
-    parts = cut_rows(list(map(str, text)), list(map(as_key, label)), split, split["seed"])
+        return {name: read(name) for name in SPLITS}
+    table = read("all")
+    texts = list(map(str, table[task.columns[0]]))
+    # Of each label its share; texts that are answered with text have none.
+    groups = list(map(as_key, table[task.columns[1]])) if labels else [""] * len(texts)
+    parts = cut_rows(texts, groups, split, split["seed"])
     if min(map(len, parts.values())) == 0:
         raise UserError(
             f"{files['all']}: {len(table)} rows are too few for the shares of dataset.split"
@@ -201,7 +212,7 @@ def audit_splits(
         lengths = np.array([len(text) for text in texts])
         facts: dict[str, Any] = {
             "rows": len(rows),
-            "answers": dict(sorted(Counter(map(task.answer, rows)).items())),
+            "answers": count_answers(rows, task),
             "characters": {
                 "mean": round(float(lengths.mean()), 1),
                 "median": int(np.median(lengths)),
@@ -222,6 +233,13 @@ def audit_splits(
         splits[split] = facts
     contradictory = sum(len(found) > 1 for found in answers.values())
     return {"splits": splits, "train_texts_with_several_answers": contradictory}
+
+
+def count_answers(rows: list[Record], task: Task) -> dict[str, int]:
+    """Return how many rows have each answer; of text the commonest."""
+    counts = Counter(map(task.answer, rows))
+    shown = counts.items() if task.constrain() else counts.most_common(COMMONEST)
+    return dict(sorted(shown))
 
 
 def main() -> None:

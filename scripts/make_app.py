@@ -1,9 +1,9 @@
 """Put a page together that asks a GGUF file in a browser: plain files, for any web server.
 
 Input   the page's own files (app/), wllama, the bundle, the tokens
-Output  a folder: index.html, app.js, app.css, sw.js, manifest.webmanifest, icons; wllama; of the bundle
+Output  a folder: index.html, app.js, text.js, app.css, sw.js, manifest.webmanifest, icons; wllama; of the bundle
         model.gguf, task.json, conformance.jsonl and the licence;
-        app.json (the page's own: its title, the labels' tokens, and the CRC-32 of each part of the file,
+        app.json (the page's own: its title, the tokens of labels, and the CRC-32 of each part of the file,
         by which a browser goes on with a download that was cut, and notices a damaged part)
 """
 
@@ -43,19 +43,20 @@ def make_app(a: argparse.Namespace) -> None:
 def describe_app(settings: Mapping[str, Any], bundle: Path, tokens: Path) -> dict[str, Any]:
     """Return what the page must know besides task.json.
 
-    "labels": the tokens of each label up to where it is decided; "longest_prompt": in tokens, so that the
-    longest answer has room behind it, as in training.
+    "labels": the tokens of each label up to where it is decided, none where answers are text;
+    "longest_prompt": in tokens, so that the longest answer has room behind it, as in training.
     """
     with (bundle / "conformance.jsonl").open(encoding="utf-8") as rows:
         first = json.loads(next(rows))
     answers = program.read_json(tokens / "answers.json")
-    name = program.read_json(bundle / "task.json")["file"]
+    task = program.read_json(bundle / "task.json")
+    longest = max(map(len, answers["ids"]), default=task["max_tokens"])
     return {
         "title": settings["report"]["title"],
         "text_column": settings["dataset"]["text_column"],
-        "longest_prompt": settings["tokenize"]["max_length"] - max(map(len, answers["ids"])),
-        "labels": {word: label["ids"] for word, label in first["labels"].items()},
-        "model": describe_parts(bundle / MODEL, f"{name}.gguf"),
+        "longest_prompt": settings["tokenize"]["max_length"] - longest,
+        "labels": {word: label["ids"] for word, label in first.get("labels", {}).items()},
+        "model": describe_parts(bundle / MODEL, f"{task['file']}.gguf"),
     }
 
 

@@ -3,7 +3,8 @@
 Input   a GGUF file, its predictions, the rows they are of, the folders of its model and its tokens,
         metrics.json, card.md; best.json where the file is the chosen one
 Output  a folder: model.gguf, task.json, conformance.jsonl (rows that show whether a program answers as
-        was scored), Modelfile, labels.gbnf, llama-server.ini, README.md, card.md, LICENSE.txt, SHA256SUMS
+        was scored), Modelfile, labels.gbnf (of a task of text answer.gbnf, if it has a grammar),
+        llama-server.ini, README.md, card.md, LICENSE.txt, SHA256SUMS
 """
 
 import argparse
@@ -21,23 +22,30 @@ from pockettune.common import program
 from pockettune.common.checksums import list_checksums
 from pockettune.common.errors import UserError
 from pockettune.common.pages import render_page
-from pockettune.data.prompts import Examples, take_evenly
+from pockettune.data.prompts import Example, Examples, take_evenly
 from pockettune.data.records import read_records, write_records
 from pockettune.data.serving import (
     context_tokens,
+    describe_labels,
     describe_task,
+    describe_text,
     write_grammar,
     write_modelfile,
     write_preset,
 )
-from pockettune.data.task_template import Frame, find_frame
-from pockettune.evaluation.conformance import ROWS, messages_of
+from pockettune.data.task_template import Frame, find_frame, holds_conversation
+from pockettune.data.turns import Turns, find_turns
+from pockettune.evaluation.certainty import watch_answers
+from pockettune.evaluation.conformance import NEAR, ROWS, messages_of
 from pockettune.evaluation.scoring import decisive_prefixes
+from pockettune.evaluation.text_stages import group_records
 from pockettune.models.folder import load_tokenizer
+from pockettune.runtimes.greedy import as_text
 from pockettune.runtimes.llama import LlamaModel
-from pockettune.tasks import Task, load_task
+from pockettune.tasks import Record, Task, TextTask, as_text_task, load_task
 
 MODEL = "model.gguf"
+EXAMPLE = ("message", "messages", "prompt", "answer")  # of the first row, in task.json
 LICENCE = """The model is made of a base model under this licence: {}
 Its text: https://spdx.org/licenses/, and beside the base model that card.md names.
 """
@@ -49,10 +57,16 @@ def make_bundle(a: argparse.Namespace) -> None:
     settings = a.settings
     task = load_task(settings["task"], settings["dataset"])
     tokenizer = load_tokenizer(a.model)
-    frame = find_frame(tokenizer, task)
+    conversation = holds_conversation(task)
+    asked: Frame | Turns = (
+        find_turns(tokenizer, task.template_options)
+        if conversation
+        else find_frame(tokenizer, task)
+    )
     answers = program.read_json(a.tokens / "answers.json")
     stop = program.read_json(a.tokens / "chat.json")["end"]
-    max_tokens = max(map(len, answers["ids"])) + SPARE
+    text = as_text_task(task)
+    max_tokens = text.max_answer_tokens + 1 if text else max(map(len, answers["ids"])) + SPARE
     context = context_tokens(settings["tokenize"]["max_length"])
     name = settings["bundle"]["file"]
     if name == "best":
@@ -60,22 +74,33 @@ def make_bundle(a: argparse.Namespace) -> None:
     with program.staged(a.output, needed=a.gguf.stat().st_size) as folder:
         folder.mkdir()
         shutil.copyfile(a.gguf, folder / MODEL)
-        with LlamaModel(a.gguf, threads=1) as llama:
+        with LlamaModel(a.gguf, a.threads) as llama:
             bos = str(tokenizer.bos_token) if llama.adds_bos() else ""
             rows = list(conformance_rows(a, name, llama, task))
+        what = (
+            describe_text(settings["task"], task, text)
+            if text
+            else describe_labels(settings["task"]["labels"])
+        )
         told = {
-            **describe_task(settings, frame, bos, stop, max_tokens),
-            **describe_trust(program.read_json(a.metrics)["stages"][name]),
-            "example": {key: rows[0][key] for key in ("message", "prompt", "answer")},
+            **describe_task(settings, what, asked, bos, stop, max_tokens),
+            **({} if text else describe_trust(program.read_json(a.metrics)["stages"][name])),
+            "near": NEAR,
+            "example": {key: rows[0][key] for key in EXAMPLE if key in rows[0]},
             "model": MODEL,
             "file": name,
         }
         program.write_json(folder / "task.json", told)
         write_records(folder / "conformance.jsonl", rows)
-        words = answers["words"]
+        system = told["system"] if conversation else ""
+        grammars = {"labels.gbnf": write_grammar(answers["words"])}
+        if text:
+            grammars = {"answer.gbnf": grammar} if (grammar := text.grammar()) else {}
         texts = {
-            "Modelfile": write_modelfile(MODEL, sent(frame, told), bos, stop, max_tokens, context),
-            "labels.gbnf": write_grammar(words),
+            "Modelfile": write_modelfile(
+                MODEL, sent(asked, told), bos, stop, max_tokens, context, system
+            ),
+            **grammars,
             "llama-server.ini": write_preset(MODEL, max_tokens, context),
             "README.md": write_page(a.page, told, rows, a.output),
             "card.md": a.card.read_text(encoding="utf-8"),
@@ -90,28 +115,38 @@ def make_bundle(a: argparse.Namespace) -> None:
 def conformance_rows(
     a: argparse.Namespace, name: str, llama: LlamaModel, task: Task
 ) -> Iterator[dict[str, Any]]:
-    """Yield rows that were scored: what a program sends, the prompt, its ids, each label's score.
+    """Yield rows that were scored: what a program sends, the prompt, its ids, what was answered.
 
     Ids are the file's own. Rows whose text was cut to tokenize.max_length are left out: no chat template
     cuts.
     """
+    table = pd.read_parquet(next(path for path in a.predictions if path.stem == name))
+    scored: dict[str, Any] = {row["id"]: row for row in table.to_dict("records")}
+    records = {record["id"]: record for record in read_records(a.records)}
+    examples = Examples(a.tokens / f"{a.settings['evaluate']['split']}.arrow")
+    if text := as_text_task(task):
+        return text_rows(a, llama, text, examples, scored, records)
+    return label_rows(a, llama, task, examples, scored, records)
+
+
+def label_rows(
+    a: argparse.Namespace,
+    llama: LlamaModel,
+    task: Task,
+    examples: Sequence[Example],
+    scored: Mapping[str, Mapping[str, Any]],
+    records: Mapping[str, Record],
+) -> Iterator[dict[str, Any]]:
+    """Yield rows with each label's score."""
     answers = program.read_json(a.tokens / "answers.json")
     prefixes = decisive_prefixes(answers["ids"])
-    table = pd.read_parquet(next(path for path in a.predictions if path.stem == name))
-    scored = {row["id"]: row for row in table.to_dict("records")}
-    texts = {record["id"]: record for record in read_records(a.records)}
-    examples = Examples(a.tokens / f"{a.settings['evaluate']['split']}.arrow")
     whole = [e for e in examples if e.id in scored and not e.cut]
-    if not whole:
-        raise UserError(
-            "bundle: every evaluated text is longer than tokenize.max_length, so that no row can show how a"
-            " program answers; raise tokenize.max_length or evaluate.limit"
-        )
+    refuse_none(whole)
     for example in take_evenly(whole, ROWS):
         row = scored[example.id]
         yield {
             "id": example.id,
-            "message": message(a.settings, task, texts[example.id]),
+            "message": message(a.settings, task, records[example.id]),
             "prompt": example.prompt,
             "prompt_ids": llama.tokenize(example.prompt),
             "labels": {
@@ -120,6 +155,59 @@ def conformance_rows(
             },
             "answer": row["prediction"],
         }
+
+
+def text_rows(
+    a: argparse.Namespace,
+    llama: LlamaModel,
+    task: TextTask,
+    examples: Sequence[Example],
+    scored: Mapping[str, Mapping[str, Any]],
+    records: Mapping[str, Record],
+) -> Iterator[dict[str, Any]]:
+    """Yield rows with the text that was generated and how sure each of its tokens is.
+
+    Of a conversation the last answer; of records that were asked about in several windows none.
+    """
+    conversation = holds_conversation(task)
+    breaks = a.settings["card"]["template"] == "task"  # the file's template breaks control tokens
+    whole = [
+        group[-1]
+        for group in group_records(examples)
+        if (row := scored.get(group[0].record)) and isinstance(row["answer_ids"], str)
+        if (len(group) == 1 or conversation) and not group[-1].cut
+        if breaks or not group[-1].defused
+    ]
+    refuse_none(whole)
+    chosen = take_evenly(whole, ROWS)
+    prompts = [llama.tokenize(example.prompt) for example in chosen]
+    said = [json.loads(scored[example.record]["answer_ids"])[-1] for example in chosen]
+    sure = watch_answers(llama, prompts, said, task.max_answer_tokens)
+    for example, prompt, ids, certainty in zip(chosen, prompts, said, sure, strict=True):
+        record = records[example.record]
+        sent = (
+            {"messages": task.prompt(record)}
+            if conversation
+            else {"message": message(a.settings, task, record)}
+        )
+        yield {
+            "id": example.record,
+            **sent,
+            "prompt": example.prompt,
+            "prompt_ids": prompt,
+            "answer": as_text(llama, ids),
+            "answer_ids": ids,
+            **certainty,
+        }
+
+
+def refuse_none(whole: Sequence[Example]) -> None:
+    if not whole:
+        raise UserError(
+            "bundle: every evaluated text is longer than tokenize.max_length, or none was answered, so that no"
+            " row can show how a program answers; raise tokenize.max_length, evaluate.limit or"
+            " evaluate.greedy_rows"
+        )
 
 
 def message(settings: Mapping[str, Any], task: Task, record: dict[str, Any]) -> str:
@@ -140,7 +228,7 @@ def write_page(
     }
     request = json.dumps(body, ensure_ascii=False, indent=2)
     content = {
-        "task": task,
+        "task": {"labels": [], "turns": None, "grammar": None, "texts": [], **task},
         "rows": len(rows),
         "request": request,
         "folder": shlex.quote(str(output)),
@@ -148,9 +236,11 @@ def write_page(
     return render_page(template, content, {})
 
 
-def sent(frame: Frame, task: Mapping[str, Any]) -> Frame:
+def sent(asked: Frame | Turns, task: Mapping[str, Any]) -> Frame | Turns:
     """Return the frame of what a program sends: the text, or the whole prompt where the file adds none."""
-    return frame if task["template"] == "task" else replace(frame, parts=("", ""))
+    if isinstance(asked, Turns) or task["template"] == "task":
+        return asked
+    return replace(asked, parts=("", ""))
 
 
 def describe_trust(stage: Mapping[str, Any]) -> dict[str, Any]:
@@ -185,6 +275,7 @@ def main() -> None:
         help="<file>.parquet of each candidate",
     )
     parser.add_argument("--metrics", type=Path, required=True, help="metrics.json")
+    parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--card", type=Path, required=True, help="card.md")
     parser.add_argument("--page", type=Path, required=True, help="template of the bundle's README")
     parser.add_argument("--output", type=Path, required=True, help="folder to make")

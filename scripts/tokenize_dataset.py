@@ -9,7 +9,7 @@ Output  a folder with {train,validation,test}.arrow (see pockettune.data.prompts
 import argparse
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +53,18 @@ def tokenize_dataset(
             records = program.progress(
                 read_records(path), description=split, unit="rows", total=count_records(path)
             )
-            counts = Statistics()
+            counts = Statistics(maker.ends)
             examples = refuse_beyond(maker.make(records), rows)
             write_examples(partial / f"{split}.arrow", counts.watch(examples))
             statistics[split] = counts.describe()
             program.logger.info("%s: %s", split, statistics[split])
+            if counts.unended:
+                program.logger.warning(
+                    "%s: %d answers are longer than task.max_answer_tokens and are learned and scored up"
+                    " to there, without an end; raise it",
+                    split,
+                    counts.unended,
+                )
         answers = {
             "words": list(maker.answer_ids),
             "ids": list(maker.answer_ids.values()),
@@ -81,7 +88,7 @@ def refuse_beyond(examples: Iterable[Example], rows: int | None) -> Iterator[Exa
 
 def describe_chat(tokenizer: Any, task: Task) -> dict[str, Any]:
     """Return what chat.json holds; warn of what the answers, or a phone's prompts, may suffer from."""
-    frame = {"id": "(a trial)", task.text_field: "{text}"}
+    frame = task.trial()
     render_prompt(tokenizer, task, frame)  # says what is wrong with the template
     messages, options = task.prompt(frame), task.template_options
     told = describe_serving(tokenizer, messages, options)
@@ -106,21 +113,23 @@ def describe_chat(tokenizer: Any, task: Task) -> dict[str, Any]:
 class Statistics:
     """Counts examples as they pass: their lengths in tokens, and how many texts were changed."""
 
-    def __init__(self) -> None:
+    def __init__(self, ends: Collection[int]) -> None:
+        self.ends = ends
         self.lengths: Counter[int] = Counter()
-        self.answer_tokens = self.cut = self.defused = 0
+        self.answer_tokens = self.cut = self.defused = self.unended = 0
 
     def watch(self, examples: Iterable[Example]) -> Iterator[Example]:
         """Yield the examples, counting them."""
         for example in examples:
             self.lengths[len(example.prompt_ids)] += 1
             self.answer_tokens += len(example.answer_ids)
+            self.unended += example.answer_ids[-1] not in self.ends
             self.cut += example.cut
             self.defused += example.defused
             yield example
 
     def describe(self) -> dict[str, Any]:
-        """Return rows, tokens, the distribution of prompt_tokens, texts_cut and texts_defused."""
+        """Return rows, tokens, the distribution of prompt_tokens, and what was changed."""
         lengths = np.array(sorted(self.lengths.elements()))
         return {
             "rows": len(lengths),
@@ -133,6 +142,7 @@ class Statistics:
             },
             "texts_cut": self.cut,
             "texts_defused": self.defused,
+            "answers_cut": self.unended,
         }
 
 

@@ -35,10 +35,11 @@ from pockettune.models.adapters import add_adapter
 from pockettune.models.folder import load_model, published_name, weight_files
 from pockettune.runtimes import packing
 from pockettune.runtimes.memory import memory_hint
-from pockettune.tasks import load_task
+from pockettune.tasks import as_text_task, load_task
 from pockettune.training import checkpoints
 from pockettune.training.loop import (
     Hardware,
+    TextValidator,
     TrainingState,
     Validator,
     draw_batches,
@@ -146,7 +147,9 @@ def name_base(adapter: Path, base: Path) -> None:
     program.remove(adapter / "README.md")  # PEFT's unfilled form, which names the folder too
 
 
-def make_validator(settings: Mapping[str, Any], tokens: Path, updates: int) -> Validator | None:
+def make_validator(
+    settings: Mapping[str, Any], tokens: Path, updates: int
+) -> Validator | TextValidator | None:
     """Return what scores the model while it is trained; None where eval_every is null.
 
     Rows whose text stands in train are left out, unless all do: knowing them by heart is no merit.
@@ -162,18 +165,23 @@ def make_validator(settings: Mapping[str, Any], tokens: Path, updates: int) -> V
             " trained on, and its scores there say nothing; take other rows for validation"
         )
     answers = program.read_json(tokens / "answers.json")
+    task = load_task(settings["task"], settings["dataset"])
+    examples = take_evenly(unseen or list(rows), train["eval_limit"])
+    interval = max(round(train["eval_every"] * updates / train["epochs"]), 1)
+    if as_text_task(task):
+        return TextValidator(examples, interval)
     return Validator(
-        task=load_task(settings["task"], settings["dataset"]),
-        examples=take_evenly(unseen or list(rows), train["eval_limit"]),
+        task=task,
+        examples=examples,
         words=answers["words"],
         answer_ids=answers["ids"],
         metric=train["metric"],
-        interval=max(round(train["eval_every"] * updates / train["epochs"]), 1),
+        interval=interval,
     )
 
 
 def describe_course(
-    state: TrainingState, validator: Validator | None, planned: int
+    state: TrainingState, validator: Validator | TextValidator | None, planned: int
 ) -> dict[str, Any]:
     """Return what happened from update to update, for training.json."""
     metric = validator.metric if validator else None
@@ -191,9 +199,11 @@ def describe_course(
     }
 
 
-def describe_trust(state: TrainingState, validator: Validator | None) -> dict[str, Any]:
-    """Return how far the kept adapter's probabilities are right, as its validation shows it."""
-    if validator is None or state.best_scores is None:
+def describe_trust(
+    state: TrainingState, validator: Validator | TextValidator | None
+) -> dict[str, Any]:
+    """Return how far the kept adapter's probabilities of labels are right, as its validation shows it."""
+    if not isinstance(validator, Validator) or state.best_scores is None:
         return {"temperature": None, "coverage": None}
     scores, true = state.best_scores.numpy(), validator.true_answers()
     temperature = calibration.fit_temperature(scores, true)

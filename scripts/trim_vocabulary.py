@@ -151,7 +151,7 @@ def emitted_ids(
     """Return the ids that train's texts, prompts and answers consist of."""
     ids = {number for encoded in encode(tokenizer, texts) for number in encoded}
     for example in examples:
-        ids.update(example.prompt_ids)
+        ids.update(example.prompt_ids, example.answer_ids)
     return ids.union(*answers["ids"], answers["ends"])
 
 

@@ -1,7 +1,7 @@
 """Render one self-contained page, and a model card, from what the other programs wrote.
 
-Input   metrics.json, flips.json, parity.json and those of other formats, audit.json, speed of each file, the files' tokens/, adapter/, the
-        base model's folder, benchmark files; the table of sentences of another language than English
+Input   metrics.json, flips.json, samples.json of a task of text, parity.json and those of other formats,
+        audit.json, speed of each file, the files' tokens/, adapter/, the base model's folder, benchmark files; the table of sentences of another language than English
 Output  report.html: works offline, no script, nothing loaded from anywhere
         card.md: the model card for a hub, with the same numbers
 """
@@ -26,6 +26,8 @@ from pockettune.evaluation.choice import choose, read_limits, say_why
 from pockettune.evaluation.verdict import not_decided, say
 
 FLIPS_SHOWN = 40  # of each file
+# Beside the metric of a task of text, where it has them.
+FURTHER = ("exact_match", "macro_f1", "precision", "recall")
 
 
 def gather(arguments: argparse.Namespace, words: Words = english) -> dict[str, Any]:
@@ -33,11 +35,7 @@ def gather(arguments: argparse.Namespace, words: Words = english) -> dict[str, A
     plots.use_style()
     settings = without_folders(arguments.settings)
     stages = program.read_json(arguments.metrics)["stages"]
-    training = program.read_json(arguments.adapter / "training.json")
-    if "imported_from" in training:
-        training["imported_from"] = last_part(training["imported_from"])
-    if training.get("teacher"):
-        training["teacher"] = name_teacher(training["teacher"])
+    training = read_training(arguments.adapter)
     source = program.read_json(arguments.base / "source.json")
     if settings["model"]["path"]:  # else it is owner/name@revision
         source["origin"] = last_part(source["origin"])
@@ -47,9 +45,11 @@ def gather(arguments: argparse.Namespace, words: Words = english) -> dict[str, A
     # Without the section none was chosen; which file beats which is told all the same.
     if settings["choose"] is None:
         choice["chosen"] = None
-    intervals = {name: stages[name]["interval"] for name in choice["files"]}
     return {
         "title": settings["report"]["title"],
+        "is_text": is_text(stages),
+        "metric": plots.say_metric(stages["f16"]["metric"], words),
+        "further": [name for name in FURTHER if name in stages["f16"]],
         "language": settings["report"]["language"],
         "file": shown_file(choice),
         "verdict": write_verdict(stages, training, audit, choice, words),
@@ -57,11 +57,12 @@ def gather(arguments: argparse.Namespace, words: Words = english) -> dict[str, A
         "split": settings["evaluate"]["split"],
         "plots": {
             "ladder": plots.plot_ladder(stages, words),
-            "front": plots.plot_front(choice, intervals, words),
+            "front": plots.plot_front(choice, stages, words),
             "training": plots.plot_training(training, words),
         },
         "flips": program.read_json(arguments.flips),
         "flips_shown": FLIPS_SHOWN,
+        "samples": program.read_json(arguments.samples) if arguments.samples else [],
         "parity": program.read_json(arguments.parity),
         "format_parity": {
             path.stem.removeprefix("parity_"): program.read_json(path)
@@ -79,6 +80,21 @@ def gather(arguments: argparse.Namespace, words: Words = english) -> dict[str, A
         "config": settings,
         "settings": json.dumps(settings, ensure_ascii=False, indent=2),
     }
+
+
+def read_training(adapter: Path) -> dict[str, Any]:
+    """Return an adapter's training.json with the names of files alone, as without_folders has them."""
+    training: dict[str, Any] = program.read_json(adapter / "training.json")
+    if "imported_from" in training:
+        training["imported_from"] = last_part(training["imported_from"])
+    if training.get("teacher"):
+        training["teacher"] = name_teacher(training["teacher"])
+    return training
+
+
+def is_text(stages: Mapping[str, Any]) -> bool:
+    """Whether the answers are text: then the reference answers were read, see evaluation/reading.py."""
+    return "reading" in stages["f16"]
 
 
 def shown_file(choice: Mapping[str, Any]) -> str:
@@ -118,10 +134,11 @@ def render(template: Path, content: Mapping[str, Any], words: Words = english) -
     """Return a template filled in, with the report's own filters; it says its sentences by _()."""
     filters: dict[str, Any] = {
         "percent": percent, "megabytes": megabytes, "duration": duration, "points": points,
-        "scientific": scientific, "fenced": fenced, "quoted": quoted,
+        "scientific": scientific, "plain": plain, "fenced": fenced, "quoted": quoted, "headed": headed,
         "interval": partial(say_interval, words=words), "claim": partial(say, words=words),
         "claim_in_short": partial(say_in_short, words=words), "why": partial(say_why, words=words),
         "choice_of_layers": partial(say_choice_of_layers, words=words),
+        "metric_name": partial(plots.say_metric, words=words), "error_name": partial(say_error, words=words),
         "file_name": lambda stage, name: file_name(name, stage.get("format", GGUF)),
     }  # fmt: skip
     return render_page(template, {**content, "_": words}, filters)
@@ -146,9 +163,7 @@ def write_verdict(
         "file": name,
         "size": megabytes(small["size_bytes"]),
         "full": megabytes(full["size_bytes"]),
-        "changed": say_count(
-            small["against_f16"]["flips"], words, "{n} answer changed", "{n} answers changed"
-        ),
+        "changed": say_changed(small, words),
     }
     weight = (
         words("That is the chosen file, {file}: {size} instead of {full}, {changed}.", **told)
@@ -157,14 +172,32 @@ def write_verdict(
             "That is the smallest file, {file}: {size} instead of {full}, {changed}.", **told
         )
     )
-    claim = say(choice["files"][name]["verdict"], words)
-    return words(" ").join(
-        [
-            write_learned(small, stages["base"], training, rows, words),
-            write_worth(small["against_tfidf"], stages["tfidf"], rows, words),
-            weight,
-            words("Against the 16-bit file: {claim}.", claim=claim),
-        ]
+    claim = words(
+        "Against the 16-bit file: {claim}.", claim=say(choice["files"][name]["verdict"], words)
+    )
+    if is_text(stages):  # there is no counting of characters to compare it with
+        learned = write_learned_text(small, stages["base"], training, rows, words)
+        return words(" ").join([learned, weight, claim])
+    learned = write_learned(small, stages["base"], training, rows, words)
+    worth = write_worth(small["against_tfidf"], stages["tfidf"], rows, words)
+    return words(" ").join([learned, worth, weight, claim])
+
+
+def say_changed(small: Mapping[str, Any], words: Words) -> str:
+    """Return how many of a file's answers are not the 16-bit file's; of text, how many are."""
+    if "reading" not in small:
+        flips = small["against_f16"]["flips"]
+        return say_count(flips, words, "{n} answer changed", "{n} answers changed")
+    parting = small["parting"]
+    if parting["rows"]:
+        return words(
+            "{equal} of {n} written answers the same to the end",
+            equal=f"{parting['equal']:,}",
+            n=f"{parting['rows']:,}",
+        )
+    return words(
+        "its likeliest token the same at {share} of the reference answers' tokens",
+        share=percent(small["reading"]["likeliest_equal"]),
     )
 
 
@@ -180,27 +213,69 @@ def write_learned(
     aside = (
         words(
             " ({accuracy} of the {n} that do not stand in train)",
-            accuracy=percent(unseen["accuracy"]),
+            accuracy=percent(unseen[small["metric"]]),
             n=f"{unseen['n']:,}",
         )
         if 0 < unseen["n"] < small["n"]
         else ""
     )
-    learned = (
-        words("With an adapter from {origin}, the model", origin=training["imported_from"])
-        if "imported_from" in training
-        else say_count(
+    if "imported_from" in training:
+        learned = say_origin(training, words)
+    else:
+        learned = say_count(
             rows, words, "Having learned from {n} labelled row, the model",
             "Having learned from {n} labelled rows, the model",
-        )
-    )  # fmt: skip
-    before = percent(base["accuracy"])
-    if base["n"] != small["n"]:
-        before = words("{share} of {n}", share=before, n=f"{base['n']:,}")
+        )  # fmt: skip
     return words(
         "{learned} answers {share} of {n} rows rightly{aside}; before, it answered {before}.",
-        learned=learned, share=percent(small["accuracy"]), n=f"{small['n']:,}", aside=aside, before=before,
+        learned=learned, share=percent(small["score"]), n=f"{small['n']:,}", aside=aside,
+        before=say_before(base, small, words),
     )  # fmt: skip
+
+
+def write_learned_text(
+    small: Mapping[str, Any],
+    base: Mapping[str, Any],
+    training: Mapping[str, Any],
+    rows: int,
+    words: Words,
+) -> str:
+    """Return what write_learned does, where the metric is no share of right rows."""
+    unseen, metric = small["unseen"], plots.say_metric(small["metric"], words)
+    aside = (
+        words(
+            " ({score} on the {n} that do not stand in train)",
+            score=percent(unseen[small["metric"]]),
+            n=f"{unseen['n']:,}",
+        )
+        if 0 < unseen["n"] < small["n"]
+        else ""
+    )
+    if "imported_from" in training:
+        learned = say_origin(training, words)
+    else:
+        learned = say_count(
+            rows, words, "Having learned from {n} row, the model",
+            "Having learned from {n} rows, the model",
+        )  # fmt: skip
+    return words(
+        "{learned} reaches {share} ({metric}) on {n} rows{aside}; before, it was {before}.",
+        learned=learned, share=percent(small["score"]), metric=metric, n=f"{small['n']:,}",
+        aside=aside, before=say_before(base, small, words),
+    )  # fmt: skip
+
+
+def say_origin(training: Mapping[str, Any], words: Words) -> str:
+    """Return the subject of the first sentence where the adapter was not trained here."""
+    return words("With an adapter from {origin}, the model", origin=training["imported_from"])
+
+
+def say_before(base: Mapping[str, Any], small: Mapping[str, Any], words: Words) -> str:
+    """Return the base's score, and on how many rows where these are not the file's."""
+    before = percent(base["score"])
+    if base["n"] == small["n"]:
+        return before
+    return words("{share} of {n}", share=before, n=f"{base['n']:,}")
 
 
 def write_worth(
@@ -209,7 +284,7 @@ def write_worth(
     """Return whether the model is worth its weight, against counting characters."""
     told = words(
         "Counting characters (TF-IDF, no language model) reaches {share} with {rows}",
-        share=percent(baseline["accuracy"]),
+        share=percent(baseline["score"]),
         rows=say_count(rows, words, "{n} row", "{n} rows"),
     )
     low, high = paired["interval"]
@@ -246,6 +321,27 @@ def points(share: float) -> str:
 
 def scientific(value: float | None) -> str:
     return "–" if value is None else f"{value:.1e}" if 0 < abs(value) < 0.001 else f"{value:.4f}"
+
+
+def plain(value: float) -> str:
+    """Return a perplexity: 3 digits, without an exponent."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def headed(text: str) -> str:
+    """Return a text that begins a sentence."""
+    return text[:1].upper() + text[1:]
+
+
+def say_error(kind: str, words: Words) -> str:
+    """Return what a task calls a kind of error, as it is read."""
+    return {
+        "type": words("another type"),
+        "boundary": words("other boundaries"),
+        "missing": words("missing"),
+        "made_up": words("made up"),
+        "not_in_text": words("does not stand in the text"),
+    }.get(kind, kind)
 
 
 def say_interval(interval: tuple[float, float], words: Words) -> str:
@@ -302,12 +398,16 @@ def say_count(number: int, words: Words, one: str, many: str) -> str:
 def main() -> None:
     parser = program.argument_parser(__doc__)
     parser.add_argument("--settings", type=json.loads, required=True, help="the whole config")
-    parser.add_argument("--templates", type=Path, nargs=2, required=True, help="of page and card")
+    parser.add_argument(
+        "--templates", type=Path, nargs="+", required=True,
+        help="of page and card, and what they include",
+    )  # fmt: skip
     parser.add_argument(
         "--sentences", type=Path, nargs="?", help="of another language than English"
     )
     parser.add_argument("--metrics", type=Path, required=True, help="metrics.json")
     parser.add_argument("--flips", type=Path, required=True, help="flips.json")
+    parser.add_argument("--samples", type=Path, nargs="?", help="samples.json of a task of text")
     parser.add_argument("--parity", type=Path, required=True, help="parity.json")
     # nargs="*": without a variant of another format there is none.
     parser.add_argument("--format-parity", type=Path, nargs="*", default=[])
@@ -325,7 +425,7 @@ def main() -> None:
         words = read_words(arguments.sentences)
         content = gather(arguments, words)
         outputs = (arguments.html, arguments.card)
-        for template, output in zip(arguments.templates, outputs, strict=True):
+        for template, output in zip(arguments.templates, outputs, strict=False):
             page = render(template, content, words).encode()
             with program.staged(output, needed=len(page)) as unfinished:
                 unfinished.write_bytes(page)

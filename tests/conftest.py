@@ -33,7 +33,7 @@ os.environ |= {
 LINEAGE = json.dumps(
     {
         "model": {"name": "somebody/tiny", "revision": "main", "path": None},
-        "dataset": {"name": None, "revision": None},
+        "dataset": {"name": None, "revision": None, "text_column": "text", "label_column": "label"},
         "task": {"type": "classification", "system": "", "prompt": "{text}", "labels": {"0": "差", "1": "好"}, "template_options": {}},
         "card": {"license": "apache-2.0", "languages": ["zh"], "template": "base"},
     }

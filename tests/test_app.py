@@ -13,7 +13,6 @@ import re
 import shutil
 import socket
 import threading
-import time
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
@@ -28,12 +27,14 @@ import pytest
 import make_app
 import serve_app
 from conftest import ROOT, SMALL, WLLAMA_ARCHIVE, run_snakemake
-from fetch_wllama import PACKAGE
+from fetch_wllama import PACKAGE, fetch_wllama
 from firefox import FIREFOX, Firefox
 from generated import make_review
 from pockettune.common.errors import UserError
 from pockettune.sources.packages import download_npm_package
+from small_run import make_base
 from test_workflow import edit_run, planned
+from text_bundles import TASKS, make_text_app, make_text_bundle
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)  # fmt: skip
 # Between llama-cpp-python on this machine's processor and wllama in WebAssembly: other kernels sum in
@@ -54,7 +55,7 @@ def app_run(finished_run: Path) -> Path:
 
 @pytest.fixture
 def folder(app_run: Path, tmp_path: Path) -> Path:
-    """A copy of the app, to be changed, whose model comes in parts of 64 KiB: it has 0.8 MB."""
+    """A copy of the app, to be changed, whose model, of about 1 MB, comes in parts of 64 KiB."""
     copy = tmp_path / "app"
     shutil.copytree(app_run / "results/small/app", copy)
     with pytest.MonkeyPatch.context() as patch:
@@ -74,6 +75,9 @@ class Served:
     def __init__(self, folder: Path, headers: bool = True) -> None:
         self.asked: list[tuple[str, str]] = []  # path, range
         self.cut_after: int | None = None  # bytes of the model, of each answer
+        self.cut = (
+            threading.Event()
+        )  # a browser drops what it has not read when it hears of the end
         served = self
 
         class Handler(serve_app.AppHandler):
@@ -91,7 +95,8 @@ class Served:
                 if served.cut_after is not None and self.path == "/model.gguf":
                     outputfile.write(source.read(served.cut_after))
                     outputfile.flush()
-                    time.sleep(1)  # a browser drops what it has not read when it hears of the end
+                    served.cut.wait(60)
+                    served.cut.clear()
                     self.connection.shutdown(socket.SHUT_RDWR)
                     return
                 super().copyfile(source, outputfile)
@@ -105,6 +110,7 @@ class Served:
         return [asked for path, asked in self.asked if path == "/model.gguf"]
 
     def close(self) -> None:
+        self.cut.set()
         self.server.shutdown()
         self.server.server_close()
 
@@ -158,6 +164,12 @@ class Visit:
     def load(self) -> None:
         self.page.click("#load")
         self.page.wait_for_selector("#ask:not([hidden])", timeout=60_000)
+
+    def wait_for_parts(self, count: int) -> None:
+        """Wait until the page has kept so many parts of the model."""
+        kept = "import('/app.js').then((m) => m.app.parts.present.size)"
+        while self.page.evaluate(kept) < count:
+            self.page.wait_for_timeout(50)
 
     def ask(self, text: str) -> str:
         """Return the answer as shown."""
@@ -224,6 +236,9 @@ def test_change_remakes_the_app_and_nothing_else(app_run: Path) -> None:
         (app_run / name).write_bytes(before)
     before = (app_run / "runs/small.yaml").read_bytes()
     after_card = {"report": 1, "bundle": 1, "app": 1}
+    edit_run("bundle", file="q8_0")(app_run)
+    assert planned(app_run, *target) == {"bundle": 1, "app": 1}
+    (app_run / "runs/small.yaml").write_bytes(before)
     edit_run("report", title="x")(app_run)
     assert planned(app_run, *target) == after_card
     edit_run("choose", size_mb=1)(app_run)
@@ -368,8 +383,11 @@ def test_cut_download_goes_on_where_it_was_cut(folder: Path, serve: Callable[...
     served.cut_after = 3 * (1 << 16) + 1000
     page = visit(served.url)
     page.page.click("#load")
-    page.page.wait_for_selector("#ask:not([hidden])", timeout=60_000)
     size = (folder / "model.gguf").stat().st_size
+    for kept in range(3, size // (1 << 16) + 1, 3):
+        page.wait_for_parts(kept)
+        served.cut.set()
+    page.page.wait_for_selector("#ask:not([hidden])", timeout=60_000)
     starts = [int(asked.removeprefix("bytes=").split("-")[0]) for asked in served.ranges()]
     # A browser may ask once more by itself; nothing that was kept is asked for again.
     assert starts == sorted(starts)
@@ -384,10 +402,14 @@ def test_cut_download_is_told_and_kept(folder: Path, serve: Callable[..., Served
     # As a phone in a tunnel: the second request finds no network.
     page.page.route("**/model.gguf", lambda route: route.abort() if len(served.ranges()) else route.continue_())  # fmt: skip
     page.page.click("#load")
-    page.status("The connection was cut at 0.2 of 0.8 MB; what is here is kept.")
+    page.wait_for_parts(3)
+    served.cut.set()
+    size = (folder / "model.gguf").stat().st_size
+    page.status(f"The connection was cut at 0.2 of {size / 1e6:.1f} MB; what is here is kept.")
     served.cut_after = None
     again = visit(served.url, page.page.context)
-    again.status("Load the rest of the model (0.6 of 0.8 MB)")
+    left = size - (3 << 16)
+    again.status(f"Load the rest of the model ({left / 1e6:.1f} of {size / 1e6:.1f} MB)")
     again.load()
     assert served.ranges()[-1].startswith(f"bytes={3 << 16}-")
 
@@ -434,7 +456,7 @@ def test_model_is_removed_by_a_button(folder: Path, serve: Callable[..., Served]
     page.status("The model was removed from this device.")
     assert page.page.is_hidden("#ask")
     again = visit(served.url, page.page.context)
-    again.status("Load the model (0.8 MB)")
+    again.status(f"Load the model ({(folder / 'model.gguf').stat().st_size / 1e6:.1f} MB)")
     again.load()
     assert again.complaints == []
 
@@ -492,7 +514,8 @@ def test_labels_of_several_tokens_are_scored_as_llama_cpp_does(folder: Path, ser
     page = visit(serve(folder).url)
     page.load()
     found = page.check()
-    assert float(found["largest"]) < TOLERANCE and int(found["same"]) >= 48
+    # Three tokens, of which none is likely, so that their differences add up.
+    assert float(found["largest"]) < 3 * TOLERANCE and int(found["same"]) >= 48
 
 
 def turned(row: dict[str, Any], margin: float) -> dict[str, Any]:
@@ -508,10 +531,8 @@ def test_other_row_is_named_with_its_cause(folder: Path, serve: Callable[..., Se
     row = json.loads(lines[7])
     row["prompt_ids"][-1] += 1
     lines[7] = json.dumps(row)
-    for place, margin in (
-        (9, 0.4),
-        (11, 0.6),
-    ):  # nats; nearer ones another build may decide otherwise
+    near = json.loads((folder / "task.json").read_text())["near"]
+    for place, margin in ((9, near - 0.1), (11, near + 0.1)):  # nats
         lines[place] = json.dumps(turned(json.loads(lines[place]), margin))
     (folder / "conformance.jsonl").write_text("\n".join(lines))
     page = visit(serve(folder).url)
@@ -573,7 +594,7 @@ def test_text_of_a_megabyte_is_cut_and_said_so(folder: Path, serve: Callable[...
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda f: edit(f / "task.json", type="entities"), "This model is of another task (entities)"),
+        (lambda f: edit(f / "task.json", type="entities", labels=None), "This model is of another task (entities)"),
         (lambda f: (f / "task.json").write_text("{"), "A file of this page is missing or damaged (task.json"),
         (lambda f: (f / "app.json").unlink(), "A file of this page is missing or damaged (app.json"),
     ],
@@ -645,6 +666,11 @@ NAMELESS = """[...document.querySelectorAll("button, a, input, textarea, select,
   .filter((e) => !(e.innerText || e.ariaLabel || e.labels?.[0]?.innerText)).map((e) => e.outerHTML)"""
 SMALL_TARGETS = """[...document.querySelectorAll("button, .button, summary, select, textarea")]
   .filter((e) => e.offsetParent && e.getBoundingClientRect().height < 44).map((e) => e.id)"""
+BROKEN = """[...document.querySelectorAll("th, td:nth-last-child(-n + 2)")].filter((e) => {
+  const range = document.createRange();
+  range.selectNodeContents(e);
+  return new Set([...range.getClientRects()].map((r) => Math.round(r.top))).size > 1;
+}).map((e) => e.textContent)"""
 CONTRAST = """(() => {
   const channel = (v) => ((v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
   const light = (c) => c.match(/[\\d.]+/g).slice(0, 3).map(Number).map(channel).reduce((s, v, i) => s + v * [0.2126, 0.7152, 0.0722][i], 0);
@@ -667,11 +693,15 @@ def test_page_fits_reads_and_has_names(locale: str, scheme: str, width: int, fol
     page.ask(GOOD)
     for section in ("many", "check"):
         page.page.click(f"#{section} summary")
+    page.page.fill("#table", f"number,text,comment\n1,{GOOD * 3},a comment")
+    page.page.click("#run")
+    page.page.wait_for_selector("#save:not([hidden])", timeout=60_000)
     assert page.page.evaluate("document.documentElement.lang") == {"en-GB": "en", "zh-CN": "zh-CN"}[locale]  # fmt: skip
     shown = page.page.inner_text("body")
     assert "undefined" not in shown and "{" not in shown
     assert ("一切都留在本机" in shown) == (locale == "zh-CN")
     assert page.page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.page.evaluate(BROKEN) == [], "a word of the table is cut"
     assert page.page.evaluate(NAMELESS) == []
     assert page.page.evaluate(SMALL_TARGETS) == []
     assert page.page.evaluate(CONTRAST) >= 4.5, "WCAG AA"
@@ -698,3 +728,121 @@ def test_words_of_both_languages_are_the_same(folder: Path, serve: Callable[...,
         return sorted(re.findall(r"\{(\w+)\}", text))
 
     assert [key for key in words["en"] if holes(words["en"][key]) != holes(words["zh"][key])] == []
+
+
+# --- tasks whose answer is text ---
+
+
+@pytest.fixture(scope="session", params=list(TASKS))
+def text_app(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The app of each task of text; its base answers with words that the task does not know."""
+    if not WLLAMA_ARCHIVE.exists():
+        pytest.skip(f"no {WLLAMA_ARCHIVE.relative_to(ROOT)}: snakemake --cores 1 -- fetch_wllama")
+    folder = tmp_path_factory.mktemp(request.param)
+    make_text_bundle(make_base(), folder, request.param)
+    fetch_wllama(WLLAMA_ARCHIVE.parent, folder / "wllama")
+    return make_text_app(folder, request.param, folder / "wllama")
+
+
+def kind_of(app: Path) -> str:
+    return str(json.loads((app / "task.json").read_text())["type"])
+
+
+def test_page_of_text_answers_as_the_file_was_scored(text_app: Path, serve: Callable[..., Served], visit: Callable[..., Visit]) -> None:  # fmt: skip
+    served = serve(text_app)
+    page = visit(served.url, locale="zh-CN", viewport={"width": 360, "height": 740})
+    page.load()
+    kind = kind_of(text_app)
+    assert page.page.is_visible("#many") == (kind == "entities"), "a row is one text"
+    assert page.page.is_visible("#question") == (kind == "answer")
+    if kind == "answer":
+        page.page.fill("#text", GOOD)
+        page.page.click("#answer")
+        page.status("请输入问题。")
+        page.page.fill("#question", "怎么样？")
+    page.ask(GOOD)
+    found = page.check()
+    assert int(found["same"]) + int(found["near"]) == int(found["rows"]) > 0
+    assert float(found["largest"]) < TOLERANCE
+    for state in ("ask", "result"):
+        assert page.page.is_visible(f"#{state}")
+    shown = page.page.inner_text("body")
+    assert "undefined" not in shown and "{" not in shown
+    assert page.page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert page.page.evaluate(NAMELESS) == [] and page.page.evaluate(SMALL_TARGETS) == []
+    assert page.page.evaluate(CONTRAST) >= 4.5, "WCAG AA"
+    assert page.complaints == []
+
+
+def ask_model(page: Visit, call: str) -> Any:
+    """Return what a call of the page's own code gives; `model` and `text` are there."""
+    return page.page.evaluate(
+        "async () => { const { app: { model } } = await import('/app.js');"
+        f" const text = await import('/text.js'); return {call}; }}"
+    )
+
+
+def test_entities_are_of_the_grammar_and_marked_in_the_text(text_app: Path, serve: Callable[..., Served], visit: Callable[..., Visit]) -> None:  # fmt: skip
+    if kind_of(text_app) != "entities":
+        pytest.skip("of entities alone")
+    page = visit(serve(text_app).url)
+    page.load()
+    # The base says other words, so what it says here is the grammar's doing; it ends by the limit of tokens.
+    for written in ask_model(
+        page, "Promise.resolve(model.write({ text: '房间' })).then((w) => [w.answer])"
+    ):
+        assert re.match(r"(地点|东西): |无$", written), written
+    told = [
+        {"type": "地点", "name": "北京", "start": 1, "end": 3},
+        {"type": "地点", "name": "北京", "start": 4, "end": 6},
+    ]
+    read = "text.readEntities('地点: 北京\\n东西: 船\\n地点: 北京', '在北京和北京', model.task)"
+    assert ask_model(page, read) == told, "what does not stand in the text is left out"
+    assert ask_model(page, "text.readEntities('正面', '房间', model.task)") is None
+    page.page.evaluate(
+        "async () => { const { app } = await import('/app.js');"
+        f" app.model.write = async () => ({{ answer: '地点: {EVIL}\\n东西: 水', said: [1], ids: [1], seconds: 0, cut: null, ended: true }}); }}"
+    )
+    page.ask(f"喝水 {EVIL}")
+    assert page.page.eval_on_selector_all("mark", "all => all.map((m) => m.firstChild.data)") == [
+        "水",
+        EVIL,
+    ]
+    assert page.page.query_selector("img") is None
+    assert page.page.eval_on_selector_all("#labels li", "all => all.length") == 2
+    page.page.click("#many summary")
+    page.page.fill("#table", "text,n\n喝水,1\n ,2")
+    page.page.click("#run")
+    page.page.wait_for_selector("#save:not([hidden])", timeout=60_000)
+    written = page.page.evaluate(
+        "fetch(document.getElementById('save').href).then((r) => r.text())"
+    )
+    assert [len(row) for row in csv.reader(io.StringIO(written))] == [3, 3, 3]
+
+
+def test_conversation_goes_on_and_is_cleared(text_app: Path, serve: Callable[..., Served], visit: Callable[..., Visit]) -> None:  # fmt: skip
+    if kind_of(text_app) != "chat":
+        pytest.skip("of chat alone")
+    page = visit(serve(text_app).url)
+    page.load()
+    for place, text in enumerate((EVIL, "房间")):
+        page.page.fill("#text", text)
+        page.page.keyboard.press("Control+Enter")
+        page.page.wait_for_function(
+            f"import('/app.js').then((m) => m.app.talk.length === {2 * place + 2})", timeout=60_000
+        )
+    assert (
+        page.page.eval_on_selector_all("#talk li", "all => all.map((li) => li.className)")
+        == ["user", "assistant"] * 2
+    )
+    assert page.page.query_selector("img") is None
+    forgets = "model.reply(Array.from({ length: 41 }, (_, n) => ({ role: n % 2 ? 'assistant' : 'user', content: '房间很好' }))).then((r) => r.forgotten)"
+    assert ask_model(page, forgets) is True
+    stopped = ask_model(page, "text.writeAnswer(model, [1, 2, 3], { wanted: () => false })")
+    assert stopped == {"answer": "", "said": [], "ended": False, "scores": []}
+    page.page.click("#clear")
+    assert (
+        page.page.is_hidden("#talk")
+        and page.page.evaluate("import('/app.js').then((m) => m.app.talk.length)") == 0
+    )
+    assert page.complaints == []

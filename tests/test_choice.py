@@ -8,6 +8,7 @@ import pytest
 
 from conftest import run_program
 from pockettune.evaluation.choice import Limits, choose, read_limits
+from pockettune.evaluation.intervals import compare_changes
 
 ROWS = 10_000
 NO_LIMITS = Limits(size_mb=None, memory_mb=None, margin=0.005)
@@ -15,14 +16,14 @@ NO_LIMITS = Limits(size_mb=None, memory_mb=None, margin=0.005)
 
 def stage(size_mb: float, lost: int, gained: int = 0, n: int = ROWS) -> dict[str, Any]:
     return {
-        "size_bytes": int(size_mb * 1e6), "accuracy": 0.9 - (lost - gained) / n, "stored": {},
-        "against_f16": {"lost": lost, "gained": gained, "n": n},
+        "size_bytes": int(size_mb * 1e6), "score": 0.9 - (lost - gained) / n, "stored": {},
+        "against_f16": {**compare_changes(lost, gained, n), "n": n},
     }  # fmt: skip
 
 
-F16 = {"size_bytes": 543_000_000, "accuracy": 0.9, "stored": {}}
+F16 = {"size_bytes": 543_000_000, "score": 0.9, "stored": {}}
 STAGES = {
-    "tfidf": {"accuracy": 0.87, "size_bytes": None},
+    "tfidf": {"score": 0.87, "size_bytes": None},
     "f16": F16,
     "q8_0": stage(289, 10, 10),
     "q4_k_m": stage(253, 400),  # worse

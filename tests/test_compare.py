@@ -44,7 +44,7 @@ TABLES = {
     "q8": predictions("好好差差"),
 }
 METRICS: dict[str, dict[str, Any]] = {
-    name: {"n": 4, "accuracy": float((t["prediction"] == t["reference"]).mean()), "unseen": {"n": 4}}
+    name: {"n": 4, "metric": "accuracy", "accuracy": float((t["prediction"] == t["reference"]).mean()), "unseen": {"n": 4}}
     for name, t in TABLES.items()
 }  # fmt: skip
 
@@ -128,9 +128,13 @@ def test_stage_of_fewer_rows_is_paired_on_those() -> None:
 
 
 def test_flips_carry_their_text() -> None:
-    flips = list_flips(TABLES, {f"test-{n}": f"text {n}" for n in range(1, 5)})
+    records = zip(TABLES["f16"]["id"], TABLES["f16"]["reference"], strict=True)
+    shown = {row: {"text": f"text of {row}", "reference": answer} for row, answer in records}
+    flips = list_flips(TABLES, shown)
     assert flips == {
-        "q4": [{"id": "test-4", "text": "text 4", "reference": "差", "f16": "差", "now": "好"}],
+        "q4": [
+            {"id": "test-4", "text": "text of test-4", "reference": "差", "f16": "差", "now": "好"}
+        ],
         "q8": [],
     }
 

@@ -104,7 +104,37 @@ def test_run_file_is_valid(run: Path) -> None:
 def test_every_schema_key_is_in_config() -> None:
     for section, rules in SCHEMA["properties"].items():
         if section != "pathvars" and "required" in rules:
-            assert set(rules["properties"]) == set(CONFIG[section]), section
+            told = set(CONFIG[section])
+            for task in ("entities", "answer", "chat"):  # whose own keys stand in their run files
+                told |= set(
+                    yaml.safe_load((ROOT / f"runs/{task}.yaml").read_text()).get(section, {})
+                )
+            assert set(rules["properties"]) == told, section
+
+
+def test_task_has_its_own_keys_alone() -> None:
+    def settled(run: str) -> dict[str, Any]:
+        config = merged(ROOT / "runs" / run)
+        check_config(config, SCHEMA)
+        return config
+
+    assert settled("demo.yaml")["task"].keys() == CONFIG["task"].keys()
+    assert "question_column" not in settled("demo.yaml")["dataset"]
+    chat, answer = settled("chat.yaml")["task"], settled("answer.yaml")
+    assert chat["labels"] == {} and chat["prompt"] == "" and chat["max_answer_tokens"] == 256
+    assert set(answer["task"]) - set(CONFIG["task"]) == {"no_answer", "count", "stride", "max_answer_tokens"}  # fmt: skip
+    assert answer["dataset"]["question_column"] == "question"
+
+
+def test_words_of_types_can_be_told_apart() -> None:
+    config = merged(ROOT / "runs/entities.yaml")
+    config["task"]["types"] = {"a": "人: 名", "b": "地名", "c": "地名"}
+    with pytest.raises(UserError) as caught:
+        check_config(config, SCHEMA)
+    assert "task.types answers the same word for two values: 人: 名, 地名, 地名" in str(
+        caught.value
+    )
+    assert "task.types: '人: 名' holds a colon or a line break; take it out" in str(caught.value)
 
 
 def put(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
@@ -147,6 +177,13 @@ def put(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (put("model.keep_layers", [3, 1, 1]), "model.keep_layers is [3, 1, 1]: give each layer once, ascending"),
         (put("task.prompt", "no place"), "task.prompt does not hold {text}"),
         (put("task.labels", {"0": "好", "1": "好"}), "the same word for two values"),
+        (put("task.labels", {"0": "好"}), "task.labels has 1 labels, not two or more"),
+        (put("task.types", {"a": "b"}), "task.types is for task.type entities, not classification; take it out"),
+        (put("task.no_answer", "无"), "task.no_answer is for task.type entities or answer, not classification"),
+        (put("task.type", "entities"), "task.types is missing, without which task.type entities cannot be asked; task.no_answer is missing"),
+        (put("task.type", "answer"), "task.prompt does not hold {question}, the place of the record's question"),
+        (put("dataset.label_column", None), "dataset.label_column is null, which is for task.type chat, not classification"),
+        (put("dataset.question_column", "q"), "dataset.question_column is for task.type answer, not classification"),
         (put("task.labels", {"0": "差", "1": "差 ", "2": "\u3000好"}), "'差 ', '\\u3000好' begins or ends with a space"),
         (put("task.template_options", {"tools": ["a"]}), "task.template_options.tools is ['a'], not"),
         (put("dataset.files", {"train": "a.csv"}), "needs train, validation and test, or all alone"),

@@ -25,6 +25,7 @@ from pockettune.common.checksums import sha256
 from pockettune.common.errors import DiskFullError
 from pockettune.data.prompts import write_examples
 from pockettune.data.records import write_records
+from pockettune.evaluation.intervals import compare_changes
 from pockettune.evaluation.verdict import judge
 from pockettune.gguf.files import describe_file
 from pockettune.gguf.importance import Inputs, write_importance
@@ -269,12 +270,12 @@ def trimming_options(model: Path, folder: Path) -> list[str | Path]:
 
 def choosing_options(sources: Path, folder: Path) -> list[str | Path]:
     """Write what choose_file.py and write_leaderboard.py read of one file; return the former's options."""
-    stage = {"size_bytes": 1, "accuracy": 0.9, "interval": [0.8, 1.0], "n": 9, "stored": {},
-             "against_f16": {"lost": 0, "gained": 0, "n": 9}, "verdict": judge(0, 0, 9, 0.005)}  # fmt: skip
+    stage = {"size_bytes": 1, "metric": "accuracy", "score": 0.9, "interval": [0.8, 1.0], "n": 9, "stored": {},
+             "against_f16": compare_changes(0, 0, 9), "verdict": judge(compare_changes(0, 0, 9), 0.005)}  # fmt: skip
     rate = {"mean": 1.0}
     speed = folder / "speed/q4_k_m.json"
     program.write_json(
-        folder / "metrics.json", {"stages": {"f16": {"accuracy": 0.9}, "q4_k_m": stage}}
+        folder / "metrics.json", {"stages": {"f16": {"score": 0.9}, "q4_k_m": stage}}
     )
     program.write_json(speed, {"prompt": rate, "generation": rate, "resident_bytes": 1})
     return ["--settings", '{"choose": null, "evaluate": {"margin": 0.005}}', "--speed", speed,

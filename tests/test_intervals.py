@@ -1,6 +1,7 @@
 """Intervals and verdicts: against a second computation, and against what they promise."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -8,8 +9,10 @@ from scipy import stats
 from scipy.optimize import minimize_scalar
 
 from pockettune.evaluation import intervals
+from pockettune.evaluation.bootstrap import compare_counts
 from pockettune.evaluation.intervals import (
     ONE_SIDED,
+    compare_changes,
     compare_paired,
     detectable_difference,
     mcnemar_exact,
@@ -110,7 +113,10 @@ def test_detectable_difference_is_detected_in_four_of_five_samples(n: int, chang
     share = max(changed, loss)
     pairs, chance = outcomes(n, (share + loss) / 2, (share - loss) / 2)
     likely = chance > 1e-5
-    claims = [judge(lost, gained, n, 1e-9)["claim"] for lost, gained in pairs[likely].tolist()]
+    claims = [
+        judge(compare_changes(lost, gained, n), 1e-9)["claim"]
+        for lost, gained in pairs[likely].tolist()
+    ]
     power = chance[likely][np.array(claims) == "worse"].sum()
     assert 0.79 < power < 0.96
 
@@ -130,7 +136,7 @@ def test_detectable_difference_of_a_handful_of_rows_is_all() -> None:
     ],
 )  # fmt: skip
 def test_verdict_and_its_words(lost: int, gained: int, n: int, claim: str, words: str) -> None:
-    verdict = judge(lost, gained, n, MARGIN)
+    verdict = judge(compare_changes(lost, gained, n), MARGIN)
     assert verdict["claim"] == claim and verdict["margin"] == MARGIN
     assert say(verdict) == words
 
@@ -138,7 +144,7 @@ def test_verdict_and_its_words(lost: int, gained: int, n: int, claim: str, words
 def test_verdict_follows_the_score() -> None:
     """The bound and the test it inverts are of one mind."""
     for lost in range(0, 30, 3):
-        claim = judge(lost, 5, 1200, MARGIN)["claim"]
+        claim = judge(compare_changes(lost, 5, 1200), MARGIN)["claim"]
         assert (claim == "as good") == (paired_score(lost, 5, 1200, -MARGIN) > ONE_SIDED)
 
 
@@ -152,3 +158,25 @@ def test_paired_comparison_by_hand() -> None:
     low, high = compared["interval"]
     assert low <= 1 / 8 <= high
     assert intervals.CONFIDENCE == 0.95
+
+
+def f1(sums: Sequence[float]) -> float:
+    right, predicted, wanted = sums
+    return 2 * right / (predicted + wanted) if predicted + wanted else 1.0
+
+
+def test_bootstrap_of_rows_that_do_not_differ_has_not_seen_all() -> None:
+    right = np.ones((80, 3))
+    compared = compare_counts(right, right, f1)
+    # By hand, Wilson's bound for none of 80: at 1.645² and at (1.645 + 0.842)².
+    assert compared["one_sided"] == pytest.approx((-2.7055 / 82.7055, 2.7055 / 82.7055), abs=1e-4)
+    assert compared["detectable"] == pytest.approx(6.1826 / 86.1826, abs=1e-4)
+    assert judge(compared, MARGIN)["claim"] == "undecided"
+
+
+def test_bootstrap_stays_within_what_a_difference_can_be() -> None:
+    wrong, right = np.tile([0.0, 1.0, 1.0], (20, 1)), np.ones((20, 3))
+    for before, after, sign in ((wrong, right, 1), (right, wrong, -1)):
+        compared = compare_counts(before, after, f1)
+        assert compared["difference"] == sign and sign in compared["interval"]
+        assert all(-1 <= bound <= 1 for bound in compared["interval"] + compared["one_sided"])

@@ -13,6 +13,7 @@ from fetch_dataset import fetch_dataset
 from loopback_hub import COMMIT, LoopbackHub, serve
 from pockettune.common.errors import UserError
 from pockettune.data.records import read_records
+from pockettune.sources.splits import with_names
 
 NAME = "somebody/reviews"
 TASK = {
@@ -190,3 +191,16 @@ def test_nothing_is_left_of_reading(fetch: Any, repository: Path, tmp_path: Path
     left.mkdir(parents=True)
     fetch(repository)
     assert {path.name for path in (tmp_path / "downloads").iterdir()} == {folder, f"{folder}.lock"}
+
+
+def test_lists_of_class_numbers_come_as_their_names() -> None:
+    from datasets import ClassLabel, Dataset, Features, Sequence, Value
+
+    tags = Sequence(ClassLabel(names=["O", "B-PER", "I-PER"]))
+    features = Features(
+        {"tokens": Sequence(Value("string")), "ner_tags": tags, "n": Value("int32")}
+    )
+    rows = {"tokens": [["Ann", "Lee"], []], "ner_tags": [[1, 2], []], "n": [1, 2]}
+    named = with_names(Dataset.from_dict(rows, features=features))
+    assert named["ner_tags"].tolist() == [["B-PER", "I-PER"], []]
+    assert named["n"].tolist() == [1, 2]

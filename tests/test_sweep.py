@@ -189,7 +189,7 @@ def test_the_example_is_a_sweep() -> None:
 
 
 def row(rank: int, seed: int, accuracy: float, size: int = 100) -> dict[str, Any]:
-    return {"changed": {"train.rank": rank, "train.seed": seed}, "file": "q", "accuracy": accuracy,
+    return {"changed": {"train.rank": rank, "train.seed": seed}, "file": "q", "score": accuracy,
             "size_bytes": size, "prompt_rate": 10.0}  # fmt: skip
 
 

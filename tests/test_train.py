@@ -182,12 +182,17 @@ def test_rows_seen_in_train_choose_nothing(tokens: Path) -> None:
 
 
 def start_program(
-    base: Path, tokens: Path, folder: Path, scores: Path | None = None, **changes: Any
+    base: Path,
+    tokens: Path,
+    folder: Path,
+    scores: Path | None = None,
+    task: dict[str, Any] = TASK,
+    **changes: Any,
 ) -> subprocess.Popen[str]:
     """Start the program as the rule does, a checkpoint after every update."""
     command = [
         sys.executable, ROOT / "scripts/train_adapter.py",
-        "--settings", json.dumps(settings(epochs=40, **changes)), "--base", base, "--tokens", tokens,
+        "--settings", json.dumps(settings(epochs=40, **changes) | {"task": task}), "--base", base, "--tokens", tokens,
         "--teacher", *([scores] if scores else []), "--threads", "1", "--scratch", folder / "scratch", "--save-every", "0",
         "--output", folder / "adapter", "--log", folder / "log",
     ]  # fmt: skip
@@ -242,6 +247,39 @@ def test_killed_training_goes_on_to_the_same_adapter(
     for name in ("updates", "validations", "exported_update"):
         assert summaries[0][name] == summaries[1][name]
     assert not list((killed / "scratch").rglob("*.pt")), "a finished training needs no checkpoint"
+
+
+def test_killed_training_on_conversations_goes_on_to_the_same_adapter(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    tokens = tmp_path / "tokens"
+    tokens.mkdir()
+    examples = [
+        Example(str(n), "", [10 + n % 2, 20, 30 + n % 2, 2, 21, 22 + n], [40 + n % 3, 41, 2], "[]",
+                seen=False, cut=False, defused=False, record=str(n), earlier=[2, 4])
+        for n in range(24)
+    ]  # fmt: skip
+    write_examples(tokens / "train.arrow", examples[:16])
+    write_examples(tokens / "validation.arrow", examples[16:])
+    (tokens / "answers.json").write_text(json.dumps({"words": [], "ids": [], "ends": [2]}))
+    chat = {**TASK, "type": "chat", "max_answer_tokens": 4}
+    summaries = []
+    for name, kills in (("undisturbed", 0), ("killed", 2)):
+        folder = tmp_path / name
+        for kill in range(kills):
+            process = start_program(tiny_model, tokens, folder, task=chat, metric=None)
+            wait_for_updates(folder, process, 5 + 9 * kill)
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+        process = start_program(tiny_model, tokens, folder, task=chat, metric=None)
+        output, _ = process.communicate()
+        assert process.returncode == 0, output
+        summaries.append(json.loads((folder / "adapter/training.json").read_text()))
+    assert weights(tmp_path / "killed/adapter") == weights(tmp_path / "undisturbed/adapter")
+    assert [s["resumed"] for s in summaries] == [0, 2]
+    first, *_, last = summaries[0]["validations"]
+    assert last["loss"] < first["loss"] and summaries[0]["metric"] == "token_accuracy"
+    assert summaries[0]["validations"] == summaries[1]["validations"]
 
 
 def test_other_settings_begin_anew(tiny_model: Path, tokens: Path, tmp_path: Path) -> None:

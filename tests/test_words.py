@@ -14,11 +14,12 @@ from jinja2 import Environment, nodes
 from conftest import ROOT
 from pockettune.common.words import english, read_words
 from pockettune.evaluation.choice import Limits, choose
+from pockettune.evaluation.intervals import compare_changes
 from pockettune.evaluation.plots import spread_heights
 from pockettune.evaluation.verdict import judge, say
 
 CHINESE = ROOT / "report/zh.json"
-TEMPLATES = [ROOT / f"report/{name}.j2" for name in ("report.html", "card.md")]
+TEMPLATES = [ROOT / f"report/{name}.j2" for name in ("report.html", "text.html", "card.md")]
 PROGRAMS = [
     ROOT / "scripts/write_report.py",
     *(ROOT / "scripts/pockettune/evaluation").glob("*.py"),
@@ -118,15 +119,15 @@ def test_sentence_that_the_table_lacks_is_not_said_in_english() -> None:
     ],
 )
 def test_verdict_in_chinese(lost: int, n: int, words: str) -> None:
-    assert say(judge(lost, 0, n, 0.005), read_words(CHINESE)) == words
+    assert say(judge(compare_changes(lost, 0, n), 0.005), read_words(CHINESE)) == words
 
 
 def test_choice_in_chinese_is_the_same_choice() -> None:
     def stage(size: int, lost: int) -> dict[str, Any]:
-        compared = {"against_f16": {"lost": lost, "gained": 0, "n": 10_000}}
-        return {"size_bytes": size, "accuracy": 0.9 - lost / 10_000, "stored": {}, **compared}
+        compared = {"against_f16": compare_changes(lost, 0, 10_000)}
+        return {"size_bytes": size, "score": 0.9 - lost / 10_000, "stored": {}, **compared}
 
-    stages = {"f16": {"size_bytes": 9e6, "accuracy": 0.9, "stored": {}}, "q8_0": stage(5_000_000, 0),
+    stages = {"f16": {"size_bytes": 9e6, "score": 0.9, "stored": {}}, "q8_0": stage(5_000_000, 0),
               "q4_0": stage(3_000_000, 400)}  # fmt: skip
     rate = {"prompt": {"mean": 1.0}, "resident_bytes": 9_000_000}
     speed = {name: rate for name in stages}

@@ -5,10 +5,11 @@ token ids: PyTorch is given the ids, llama.cpp the text, so that both are asked 
 and a difference between the two tokenizers shows.
 """
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field, replace
+from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, overload
 
@@ -25,7 +26,7 @@ from pockettune.data.chat import (
     refuses_system,
     render_chat,
 )
-from pockettune.tasks import Record, Task
+from pockettune.tasks import Record, Task, as_text_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,11 +48,28 @@ class Example:
     id: str
     prompt: str
     prompt_ids: list[int]
-    answer_ids: list[int]  # ends with the end-of-turn token; empty where no answer is known
-    reference: str
+    # Ends with the end-of-turn token, unless it was cut; empty where no answer is known.
+    answer_ids: list[int]
+    reference: str  # the right answer; of a task of text what is compared with, as JSON
     seen: bool  # whether the text stands in train
     cut: bool  # whether the text was shortened
     defused: bool  # whether the text held control tokens such as <|im_end|>
+    record: str = (
+        ""  # id of the record that it asks about: a task of text may ask several questions
+    )
+    # Begin and end of each earlier answer of a conversation within prompt_ids, one behind the other.
+    earlier: list[int] = field(default_factory=list)
+
+    def ids(self) -> list[int]:
+        """Return prompt and answer."""
+        return [*self.prompt_ids, *self.answer_ids]
+
+    def learned(self) -> list[int]:
+        """Return the places in `ids` of all tokens that are learned: those of every answer."""
+        spans = [*self.earlier, len(self.prompt_ids), len(self.prompt_ids) + len(self.answer_ids)]
+        return [
+            p for begin, end in zip(spans[::2], spans[1::2], strict=True) for p in range(begin, end)
+        ]
 
 
 def render_prompt(tokenizer: "PreTrainedTokenizerBase", task: Task, record: Record) -> str:
@@ -70,6 +88,8 @@ def render_prompt(tokenizer: "PreTrainedTokenizerBase", task: Task, record: Reco
             told = f"cannot render record {record['id']}: {error}; {REMEDIES['user']}"
         raise UserError(f"the model's chat template {told}") from error
     for message in messages:
+        if message["role"] == "assistant":  # of which templates leave out what was thought
+            continue
         # Templates strip what stands around a message, and some no more than that.
         if message["content"].strip() not in rendered:
             raise UserError(
@@ -98,15 +118,6 @@ def begin_with(start: list[int], ids: list[int]) -> list[int]:
     return ids if ids[: len(start)] == start else [*start, *ids]
 
 
-def encode_answer(tokenizer: "PreTrainedTokenizerBase", answer: str) -> list[int]:
-    """Return the ids of an answer as a model writes it after the prompt, ending its turn.
-
-    Encoded apart from the prompt, because that is how it is generated: token after token behind
-    a prompt whose ids are fixed.
-    """
-    return [*encode_plain(tokenizer, answer), end_of_answer(tokenizer)]
-
-
 def refuse_equal_answers(answer_ids: Mapping[str, list[int]]) -> None:
     """Raise UserError naming the words that the tokenizer writes with the same ids."""
     words: dict[tuple[int, ...], list[str]] = {}
@@ -125,63 +136,98 @@ class ExampleMaker:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", task: Task, max_length: int) -> None:
         self.tokenizer, self.task, self.max_length = tokenizer, task, max_length
         check_options(tokenizer, task.template_options)
-        self.answer_ids = {word: encode_answer(tokenizer, word) for word in task.constrain()}
+        self.text = as_text_task(task)
+        self.end = end_of_answer(tokenizer)  # asked once: it reads the whole vocabulary
+        self.answer_ids = {word: self._encode_answer(word) for word in task.constrain()}
         refuse_equal_answers(self.answer_ids)
+        # The longest answer counts, not the record's own: a cut must not give the answer away.
+        lengths = map(len, self.answer_ids.values())
+        self.longest = self.text.max_answer_tokens + 1 if self.text else max(lengths)
         # Where generation must stop: a base model may write either.
-        self.ends = sorted({end_of_answer(tokenizer), tokenizer.eos_token_id})
+        self.ends = sorted({self.end, tokenizer.eos_token_id})
         self.bos = added_bos(tokenizer)
         self.control_pattern = starts_pattern(control_tokens(tokenizer))
 
     def make(self, records: Iterable[Record], labelled: bool = True) -> Iterator[Example]:
-        """Yield an example for each record, a text that is too long cut at a character.
+        """Yield an example for each question about a record, what is too long cut at a character.
 
         Records that are not `labelled` become examples without an answer.
         """
-        field = self.task.text_field
-        # The longest answer counts, not the record's own: the cut must not give the answer away.
-        room = self.max_length - max(map(len, self.answer_ids.values()))
         stream = iter(records)
         # The tokenizer works on many prompts at once, on all cores.
         while batch := list(islice(stream, ROWS_A_BATCH)):
-            safe = [{**record, field: self.defuse(record[field])} for record in batch]
-            prompts = [render_prompt(self.tokenizer, self.task, record) for record in safe]
+            asked = [(record, question) for record in batch for question in self._ask(record)]
+            prompts = [render_prompt(self.tokenizer, self.task, question) for _, question in asked]
             encoded = self.tokenizer(prompts, add_special_tokens=False)["input_ids"]
-            for record, shown, prompt, plain in zip(batch, safe, prompts, encoded, strict=True):
-                kept, ids = shown[field], begin_with(self.bos, plain)
-                if len(ids) > room:
-                    kept, prompt, ids = self._fit(shown, room)
-                answer = self.task.answer(record) if labelled else ""
-                yield Example(
-                    id=record["id"],
-                    prompt=prompt,
-                    prompt_ids=ids,
-                    answer_ids=self.answer_ids[answer] if labelled else [],
-                    reference=answer,
-                    seen=record.get("seen", False),
-                    cut=len(kept) < len(shown[field]),
-                    defused=shown[field] != record[field],
-                )
+            examples = (
+                self._example(record, question, prompt, begin_with(self.bos, plain), labelled)
+                for (record, question), prompt, plain in zip(asked, prompts, encoded, strict=True)
+            )
+            for _, of_record in groupby(examples, key=lambda example: example.record):
+                yield from number(join_turns(of_record))
+
+    def _encode_answer(self, answer: str) -> list[int]:
+        """Return the ids of an answer as a model writes it after the prompt, ending its turn.
+
+        Encoded apart from the prompt, because that is how it is generated: token after token behind
+        a prompt whose ids are fixed.
+        """
+        return [*encode_plain(self.tokenizer, answer), self.end]
+
+    def _ask(self, record: Record) -> list[Record]:
+        """Return the questions about a record, without control tokens in its texts."""
+        safe = self.task.clean(record, self.defuse)
+        if self.text is None:
+            return [safe]
+        return self.text.questions(safe, self._count_tokens, self.max_length - self.longest)
+
+    def _count_tokens(self, question: Record) -> int:
+        return len(encode(self.tokenizer, render_prompt(self.tokenizer, self.task, question)))
+
+    def _example(
+        self, record: Record, question: Record, prompt: str, ids: list[int], labelled: bool
+    ) -> Example:
+        fitted = question
+        if len(ids) > self.max_length - self.longest:
+            fitted, prompt, ids = self._fit(question, self.max_length - self.longest)
+        # What a cut took away is not answered, so that nothing is taught which cannot be seen.
+        answer = self.task.answer(fitted) if labelled else ""
+        if self.text:
+            told = json.dumps(self.text.reference(record), ensure_ascii=False) if labelled else ""
+            answer_ids = self._encode_answer(answer)[: self.longest] if labelled else []
+        else:
+            told, answer_ids = answer, self.answer_ids[answer] if labelled else []
+        return Example(
+            id=record["id"],
+            prompt=prompt,
+            prompt_ids=ids,
+            answer_ids=answer_ids,
+            reference=told,
+            seen=record.get("seen", False),
+            cut=fitted is not question,
+            defused=self.task.clean(record, self.defuse) != record,
+            record=record["id"],
+        )
 
     def defuse(self, text: str) -> str:
         """Put a space into the control tokens in a text, so that it cannot end the turn it is in."""
         return self.control_pattern.sub(r"\g<0> ", text)
 
-    def _fit(self, record: Record, room: int) -> tuple[str, str, list[int]]:
-        """Return text, prompt and prompt ids of at most `room` ids, the text cut from its end."""
-        field = self.task.text_field
-        text = record[field]
+    def _fit(self, question: Record, room: int) -> tuple[Record, str, list[int]]:
+        """Return question, prompt and prompt ids of at most `room` ids, the question shortened."""
         while True:
-            prompt = render_prompt(self.tokenizer, self.task, {**record, field: text})
+            prompt = render_prompt(self.tokenizer, self.task, question)
             ids = encode(self.tokenizer, prompt)
             excess = len(ids) - room
             if excess <= 0:
-                return text, prompt, ids
-            if not text:
+                return question, prompt, ids
+            shorter = self.task.shorten(question, excess, self._drop_tokens)
+            if shorter is None:
                 raise UserError(
                     f"tokenize.max_length {self.max_length} leaves no room for a text: the prompt "
                     f"alone takes {len(ids)} tokens; raise it or shorten task.prompt"
                 )
-            text = self._drop_tokens(text, excess)
+            question = shorter
 
     def _drop_tokens(self, text: str, excess: int) -> str:
         """Return the text without its last `excess` tokens, ending before a whole character."""
@@ -191,6 +237,34 @@ class ExampleMaker:
         kept = max(len(offsets) - excess, 0)
         end = offsets[kept][0] if kept < len(offsets) else len(text) - 1
         return text[: min(end, len(text) - 1)]
+
+
+def join_turns(examples: Iterable[Example]) -> list[Example]:
+    """Join the questions of a conversation that go on from one another into one example each.
+
+    Where a template leaves out or adds something in earlier turns, as Qwen3's does what was thought, the
+    tokens are others than those that were asked, and the questions stay apart: so each answer is
+    learned behind exactly the prompt that a runtime will give.
+    """
+    joined: list[Example] = []
+    for example in examples:
+        before = joined[-1] if joined else None
+        if before and example.prompt_ids[: len(before.ids())] == before.ids():
+            begin, end = len(before.prompt_ids), len(before.ids())
+            joined[-1] = replace(
+                example,
+                earlier=[*before.earlier, begin, end],
+                cut=before.cut or example.cut,
+            )
+        else:
+            joined.append(example)
+    return joined
+
+
+def number(examples: Sequence[Example]) -> Iterator[Example]:
+    """Yield the examples of one record under ids of their own."""
+    for place, example in enumerate(examples, start=1):
+        yield example if place == 1 else replace(example, id=f"{example.record}#{place}")
 
 
 def starts_pattern(tokens: Sequence[str]) -> re.Pattern[str]:
@@ -216,6 +290,8 @@ SCHEMA = pa.schema(
         ("seen", pa.bool_()),
         ("cut", pa.bool_()),
         ("defused", pa.bool_()),
+        ("record", pa.string()),
+        ("earlier", pa.list_(pa.int32())),
     ]
 )
 
@@ -264,8 +340,12 @@ class Examples(Sequence[Example]):
         return lengths[0] + lengths[1]
 
     def count_answer_tokens(self) -> np.ndarray:
-        """Return the tokens of each example's answer."""
-        return pc.list_value_length(self._table["answer_ids"]).to_numpy()
+        """Return the tokens of each example's answers."""
+        last = pc.list_value_length(self._table["answer_ids"]).to_numpy()
+        ends = pc.list_flatten(self._table["earlier"]).to_numpy()
+        rows = pc.list_parent_indices(self._table["earlier"]).to_numpy()
+        # Begins and ends take turns.
+        return last + np.bincount(rows[::2], ends[1::2] - ends[::2], len(last)).astype(int)
 
     def count_references(self) -> dict[str, int]:
         """Return how many examples have each right answer, in the order of the answers."""

@@ -12,14 +12,20 @@ import pandas as pd
 
 from pockettune.common.errors import UserError, list_faults
 from pockettune.common.program import staged
+from pockettune.data.nested import parse_json, parse_tokens
 
-FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
+FORMATS = (".csv", ".tsv", ".jsonl", ".parquet", ".json", ".bio", ".conll")
 
 
-def read_table(path: Path, columns: Sequence[str], labels: Collection[str] = ()) -> pd.DataFrame:
-    """Return the columns of the text and the label of a csv, tsv, jsonl or parquet file.
+def read_table(
+    path: Path,
+    columns: Sequence[str],
+    labels: Collection[str] = (),
+    optional: Collection[str] = (),
+) -> pd.DataFrame:
+    """Return the columns of a file of one of FORMATS, and those of `optional` that it has.
 
-    A tsv is read as it stands: quotes are text there (reviews open quotes and forget to close
+    Tokens and labels of a bio or conll file come as the first and the last of `columns`. A tsv is read as it stands: quotes are text there (reviews open quotes and forget to close
     them); only a csv has quoted cells. Raises UserError for an unknown format, a file that is
     empty, not UTF-8 or not readable as its format, a missing column, and a csv whose texts hold
     rows, known by one of `labels`.
@@ -31,7 +37,7 @@ def read_table(path: Path, columns: Sequence[str], labels: Collection[str] = ())
     if path.stat().st_size == 0:
         raise UserError(f"{path} is empty")
     try:
-        table = pd.read_parquet(path) if path.suffix == ".parquet" else _read_text(path)
+        table = pd.read_parquet(path) if path.suffix == ".parquet" else _read_text(path, columns)
     except UserError:
         raise
     except Exception as error:
@@ -46,15 +52,20 @@ def read_table(path: Path, columns: Sequence[str], labels: Collection[str] = ())
         raise UserError(f"{path} has a header and no rows")
     if path.suffix == ".csv" and labels:
         _refuse_swallowed_rows(path, table, columns, labels)
-    return table[list(columns)].reset_index(drop=True)
+    also = [name for name in optional if name in table.columns and name not in columns]
+    return table[[*columns, *also]].reset_index(drop=True)
 
 
-def _read_text(path: Path) -> pd.DataFrame:
+def _read_text(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     try:
         # Only \n ends a line: others are text, such as a carriage return within quotes.
         with path.open(encoding="utf-8-sig", newline="\n") as file:
             if path.suffix == ".jsonl":
                 return pd.DataFrame(_parse_lines(path, file))
+            if path.suffix == ".json":
+                return pd.DataFrame(parse_json(path, file.read()))
+            if path.suffix in (".bio", ".conll"):
+                return pd.DataFrame(parse_tokens(path, file, columns[0], columns[-1]))
         return _read_cells(path)
     except UnicodeDecodeError as error:
         raise not_utf8(path) from error

@@ -1,12 +1,20 @@
 """What servers are told so that they ask as was trained: Ollama's Modelfile, a grammar, a preset."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pockettune.data.task_template import ESCAPES, Frame, quote
+from pockettune.data.task_template import ESCAPES, Frame, asked_texts, quote
+from pockettune.data.turns import Turns
+from pockettune.tasks import Task, TextTask
 
 # Whole blocks, with room for texts twice as long as the longest that were trained.
 CONTEXT_BLOCK = 256
+
+# Of Ollama's template, within a loop over the messages.
+CONTENT, IS_LAST = "{{ $message.Content }}", "eq (len (slice $.Messages $i)) 1"
+
+# Of a text task's settings, what a program must know that shows its answers or cuts its texts.
+TOLD = ("types", "no_answer", "stride")
 
 
 def context_tokens(max_length: int) -> int:
@@ -14,30 +22,63 @@ def context_tokens(max_length: int) -> int:
     return -(-2 * max_length // CONTEXT_BLOCK) * CONTEXT_BLOCK
 
 
-def write_modelfile(model: str, frame: Frame, bos: str, stop: str, max_tokens: int, context: int) -> str:  # fmt: skip
-    """Return Ollama's Modelfile, whose template writes the trained prompt around the last message.
+def write_modelfile(
+    model: str,
+    asked: Frame | Turns,
+    bos: str,
+    stop: str,
+    max_tokens: int,
+    context: int,
+    system: str = "",
+) -> str:
+    """Return Ollama's Modelfile, whose template writes the trained prompt.
 
+    Around the last message, or of a whole conversation, to which `system` is given where it has none.
     `bos` is left out of the prompt where the file has it added. Ollama's template language can neither
     strip a message nor break control tokens in it. Syntax: parser/parser.go of Ollama at 00dc3af;
     the template's text stands in Go strings, in which nothing ends the triple quotes.
     """
-    before = frame.head.removeprefix(bos) + frame.parts[0]
-    after = [*frame.parts[1:-1], frame.parts[-1] + frame.tail]
-    prompt = f"{{{{ {go_string(before)} }}}}" + "".join(
-        f"{{{{ $message.Content }}}}{{{{ {go_string(part)} }}}}" for part in after
-    )
+    if isinstance(asked, Frame):
+        told, template = "around what the last message says", frame_in_go(asked, bos)
+    else:
+        told, template = "of a whole conversation", turns_in_go(asked, bos)
     return (
         f"FROM ./{model}\n"
-        "# The trained prompt, its system message too, around what the last message says.\n"
-        'TEMPLATE """{{ range $i, $message := .Messages }}{{ if eq (len (slice $.Messages $i)) 1 }}'
-        f'{prompt}{{{{ end }}}}{{{{ end }}}}"""\n'
-        "PARAMETER temperature 0\n"
+        f"# The trained prompt, its system message too, {told}.\n"
+        f'TEMPLATE """{{{{ range $i, $message := .Messages }}}}{template}{{{{ end }}}}"""\n'
+        + (f'SYSTEM """{system}"""\n' if system else "")
+        + "PARAMETER temperature 0\n"
         "PARAMETER top_k 1\n"
         "PARAMETER repeat_penalty 1\n"
         f"PARAMETER stop {stop}\n"
         f"PARAMETER num_predict {max_tokens}\n"
         f"PARAMETER num_ctx {context}\n"
     )
+
+
+def frame_in_go(frame: Frame, bos: str) -> str:
+    """Return what Ollama writes of a message: nothing of any but the last."""
+    before = frame.head.removeprefix(bos) + frame.parts[0]
+    after = [*frame.parts[1:-1], frame.parts[-1] + frame.tail]
+    prompt = write_in_go(before) + "".join(f"{CONTENT}{write_in_go(part)}" for part in after)
+    return f"{{{{ if {IS_LAST} }}}}{prompt}{{{{ end }}}}"
+
+
+def turns_in_go(turns: Turns, bos: str) -> str:
+    """Return what Ollama writes of a message, by its role and place."""
+    before, behind = turns.system or ("", "")
+    return (
+        f'{{{{ if eq $message.Role "system" }}}}{write_in_go(before.removeprefix(bos))}{CONTENT}'
+        f'{write_in_go(behind)}{{{{ else if eq $message.Role "assistant" }}}}{CONTENT}'
+        f"{write_in_go(turns.following)}{{{{ else }}}}{{{{ if eq $i 0 }}}}"
+        f"{write_in_go(turns.start.removeprefix(bos))}{{{{ end }}}}{CONTENT}"
+        f"{{{{ if {IS_LAST} }}}}{write_in_go(turns.tail)}{{{{ else }}}}{write_in_go(turns.between)}"
+        "{{ end }}{{ end }}"
+    )
+
+
+def write_in_go(text: str) -> str:
+    return f"{{{{ {go_string(text)} }}}}"
 
 
 def go_string(text: str) -> str:
@@ -77,28 +118,59 @@ def write_preset(model: str, max_tokens: int, context: int) -> str:
 
 
 def describe_task(
-    settings: dict[str, Any], frame: Frame, bos: str, stop: str, max_tokens: int
+    settings: Mapping[str, Any],
+    answers: Mapping[str, Any],
+    asked: Frame | Turns,
+    bos: str,
+    stop: str,
+    max_tokens: int,
 ) -> dict[str, Any]:
     """Return what a program must know that asks the file by itself."""
     task = settings["task"]
-    words = sorted(task["labels"].items())
     return {
         "type": task["type"],
         "template": settings["card"]["template"],
-        "system": task["system"],
-        "prompt": task["prompt"],
-        "labels": [word for _, word in words],
-        "values": {word: value for value, word in words},
-        # The prompt: head, the parts with the text between each two, stripped as said, and tail.
-        "head": frame.head,
-        "parts": list(frame.parts),
-        "tail": frame.tail,
-        "strip": frame.strip.strip(".()"),
+        "system": task["system"] or "",
+        "prompt": task["prompt"] or "",
+        **answers,
+        **(describe_frame(asked) if isinstance(asked, Frame) else describe_turns(asked)),
         "control": list(
-            frame.control
+            asked.control
         ),  # a text's control tokens get a space behind the first character
-        "bos": bos,  # with which head begins, where the file has it added by itself
+        "bos": bos,  # with which a prompt begins, where the file has it added by itself
         "stop": stop,
         "max_tokens": max_tokens,
         "sampling": {"temperature": 0, "top_k": 1, "repeat_penalty": 1.0},
     }
+
+
+def describe_labels(labels: Mapping[str, str]) -> dict[str, Any]:
+    """Return the words that are answered, and the value in the data for each."""
+    words = sorted(labels.items())
+    return {
+        "labels": [word for _, word in words],
+        "values": {word: value for value, word in words},
+    }
+
+
+def describe_text(settings: Mapping[str, Any], task: Task, text: TextTask) -> dict[str, Any]:
+    """Return the texts that are asked about, and how answers of text are written."""
+    told = {key: settings[key] for key in TOLD if settings.get(key) is not None}
+    return {"texts": asked_texts(task), "grammar": text.grammar(), **told}
+
+
+def describe_frame(frame: Frame) -> dict[str, Any]:
+    """Return the prompt: head, the parts with the text between each two, stripped as said, and tail."""
+    return {
+        "head": frame.head,
+        "parts": list(frame.parts),
+        "tail": frame.tail,
+        "strip": frame.strip.strip(".()"),
+    }
+
+
+def describe_turns(turns: Turns) -> dict[str, Any]:
+    """Return what stands between the messages of a conversation (see Turns)."""
+    strips = {role: strip.strip(".()") for role, strip in turns.strips.items()}
+    parts = ("start", "system", "between", "following", "tail")
+    return {"turns": {**{part: getattr(turns, part) for part in parts}, "strips": strips}}

@@ -64,6 +64,25 @@ class Frame:
         return self.head + stripped(text.join(self.parts), self.strip) + self.tail
 
 
+def asked_texts(task: Task) -> list[str]:
+    """Return the names of the texts that a question of the task consists of."""
+    return [name for name, value in task.trial().items() if value == f"{{{name}}}"]
+
+
+def holds_conversation(task: Task) -> bool:
+    """Whether what is asked is a conversation, and not a prompt with texts in it."""
+    return "messages" in task.trial()
+
+
+def check_template(task: Task, template: str) -> None:
+    """Raise UserError where the task's own template is wanted, and a message alone is no question."""
+    if template == "task" and (holds_conversation(task) or len(asked_texts(task)) > 1):
+        raise UserError(
+            "card.template is task, whose questions are one text, the last user's message; a question of this"
+            " task.type is more: set card.template: base"
+        )
+
+
 def stripped(text: str, strip: str) -> str:
     """Return a text after one of STRIPS."""
     return getattr(text, strip.strip(".()"))() if strip else text
@@ -71,7 +90,7 @@ def stripped(text: str, strip: str) -> str:
 
 def find_frame(tokenizer: "PreTrainedTokenizerBase", task: Task) -> Frame:
     """Return what the prompts of all texts share, by a trial; UserError where they do not."""
-    *before, asked = task.prompt({"id": "(a trial)", task.text_field: PROBE})
+    *before, asked = task.prompt({**task.trial(), task.text_field: PROBE})
 
     def rendered(content: str) -> str:
         messages = [*before, {"role": "user", "content": content}]

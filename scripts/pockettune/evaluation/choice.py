@@ -6,7 +6,6 @@ from typing import Any
 
 from pockettune.common.formats import GGUF
 from pockettune.common.words import Words, english
-from pockettune.evaluation.intervals import ONE_SIDED, paired_interval
 from pockettune.evaluation.verdict import judge, say
 
 REFERENCE = "f16"
@@ -88,19 +87,18 @@ def describe_file(
 ) -> dict[str, Any]:
     """Return what a file costs and is worth; "over" says which limits it breaks.
 
-    "bound": the lowest that its difference of accuracy to F16 may be, one-sided at 95 %; it and
+    "bound": the lowest that its difference of "score", the task's metric, to F16 may be, one-sided at 95 %; it and
     "verdict" are missing for F16 itself.
     """
     size, memory = entry["size_bytes"], speed["resident_bytes"]
     told = {
-        "format": entry.get("format", GGUF), "size_bytes": size, "memory_bytes": memory, "accuracy": entry["accuracy"],
+        "format": entry.get("format", GGUF), "size_bytes": size, "memory_bytes": memory, "score": entry["score"],
         "prompt_rate": speed["prompt"]["mean"],
         "over": broken_limits(size, memory, limits, words),
     }  # fmt: skip
     if paired := entry.get("against_f16"):
-        lost, gained, n = paired["lost"], paired["gained"], paired["n"]
-        told["bound"] = paired_interval(lost, gained, n, ONE_SIDED)[0]
-        told["verdict"] = judge(lost, gained, n, limits.margin)
+        told["bound"] = paired["one_sided"][0]
+        told["verdict"] = judge(paired, limits.margin)
     return told
 
 
@@ -124,8 +122,8 @@ def broken_limits(size: int, memory: int | None, limits: Limits, words: Words) -
 
 
 def is_better(other: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
-    """Whether `other` is as small, as accurate and as fast as `entry`, and in one of them better."""
-    a, b = ((-e["size_bytes"], e["accuracy"], e["prompt_rate"]) for e in (other, entry))
+    """Whether `other` is as small, as good and as fast as `entry`, and in one of them better."""
+    a, b = ((-e["size_bytes"], e["score"], e["prompt_rate"]) for e in (other, entry))
     return a != b and all(x >= y for x, y in zip(a, b, strict=True))
 
 

@@ -88,15 +88,21 @@ def detectable_difference(changed: float, n: int) -> float:
 def compare_paired(before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
     """Compare which rows two stages answered rightly, (rows,) of bool each.
 
-    Returns rows lost and gained, McNemar's p, and the difference of accuracy with its interval.
+    Returns rows lost and gained, McNemar's p, the difference of accuracy with its interval, and
+    "one_sided", whose bounds hold with 95 % each alone.
     """
     lost, gained = int((before & ~after).sum()), int((~before & after).sum())
-    n = len(before)
+    return compare_changes(lost, gained, len(before))
+
+
+def compare_changes(lost: int, gained: int, n: int) -> dict[str, Any]:
+    """Return what `compare_paired` does, of rows that were counted already."""
     return {
         "lost": lost,
         "gained": gained,
         "mcnemar_p": mcnemar_exact(lost, gained),
         "difference": (gained - lost) / n,
         "interval": paired_interval(lost, gained, n),
+        "one_sided": paired_interval(lost, gained, n, ONE_SIDED),
         "detectable": detectable_difference((lost + gained) / n, n),
     }

@@ -3,21 +3,26 @@
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from pockettune.common import program
 from pockettune.data.prompts import Example, Examples, take_evenly
+from pockettune.data.records import read_records
 from pockettune.evaluation import metrics
 from pockettune.evaluation.observers import OffLabels, observe_vocabulary
+from pockettune.evaluation.reading import LogitsAt
 from pockettune.evaluation.scoring import NextTokenLogits, Tokens, score_answers
+from pockettune.evaluation.text_stages import TextRuntime, group_records, score_table, score_text
 from pockettune.models.folder import read_kept
-from pockettune.tasks import load_task
+from pockettune.tasks import TextTask, as_text_task, load_task
 
 NOISE_ROWS = 16
 
@@ -32,6 +37,7 @@ class Runtime:
     facts: dict[str, Any] = field(default_factory=dict)  # worth telling beside the metrics
     # Takes prompts and a limit of tokens, returns what is answered; None where it did not end.
     answer_greedily: Callable[[Sequence[Tokens], int], list[str | None]] | None = None
+    text: TextRuntime | None = None  # how it answers with text
 
 
 # Takes the arguments and the examples.
@@ -57,8 +63,12 @@ def run(docstring: str | None, open_runtime: OpenRuntime, options: Iterable[str]
     parser.add_argument("--threads", type=int, required=True)
     # nargs="?": a rule that has no such file names the option alone.
     parser.add_argument(
-        "--reference", type=Path, nargs="?", help="F16's answers over the whole vocabulary"
+        "--reference",
+        type=Path,
+        nargs="?",
+        help="F16's answers over the whole vocabulary; of a task of text, F16 itself",
     )
+    parser.add_argument("--records", type=Path, nargs="?", help="the split's records, for text")
     parser.add_argument("--write-reference", type=Path, nargs="?", help="write such a file")
     for option in options:
         parser.add_argument(option, type=Path, nargs="?")
@@ -67,6 +77,9 @@ def run(docstring: str | None, open_runtime: OpenRuntime, options: Iterable[str]
 
 def evaluate(arguments: argparse.Namespace, open_runtime: OpenRuntime) -> None:
     """Score the rows that `evaluate:` names and write the stage's files."""
+    settings = arguments.settings
+    if task := as_text_task(load_task(settings["task"], settings["dataset"])):
+        return evaluate_text(arguments, open_runtime, task)
     answers = program.read_json(arguments.tokens / "answers.json")
     rows = read_rows(arguments)
     places = take_evenly(range(len(rows)), arguments.settings["evaluate"].get("pytorch_limit"))
@@ -96,6 +109,46 @@ def evaluate(arguments: argparse.Namespace, open_runtime: OpenRuntime) -> None:
         **runtime.facts,
     }
     write_stage(arguments, examples, answers["words"], scores, facts)
+
+
+def evaluate_text(arguments: argparse.Namespace, open_runtime: OpenRuntime, task: TextTask) -> None:
+    """Have the rows answered with text, and write the stage's files."""
+    settings = arguments.settings["evaluate"]
+    rows = Examples(arguments.tokens / f"{settings['split']}.arrow")
+    records = take_evenly(group_records(rows), settings["limit"])
+    records = take_evenly(records, settings.get("pytorch_limit"))
+    examples = [example for group in records for example in group]
+    questions = {record["id"]: record for record in read_records(arguments.records)}
+    started = time.perf_counter()
+    with open_runtime(arguments, examples) as runtime, open_reference(arguments) as reference:
+        assert runtime.text is not None, "every runtime of this program has one"
+        table, facts = score_text(
+            task, runtime.text, examples, questions, settings.get("greedy_rows"),
+            arguments.metrics.stem, reference, read_kept(getattr(arguments, "vocabulary", None)),
+        )  # fmt: skip
+    result = {
+        "stage": arguments.metrics.stem,
+        "metric": task.metric,
+        **score_table(task, table),
+        "split": settings["split"],
+        "seconds": round(time.perf_counter() - started, 2),
+        **facts,
+        **runtime.facts,
+    }
+    write_files(arguments, table, result)
+
+
+@contextmanager
+def open_reference(arguments: argparse.Namespace) -> Iterator[LogitsAt | None]:
+    """Open F16 to compare with, where the stage is not F16 itself, nor before it."""
+    if arguments.reference is None:
+        yield None
+        return
+    from pockettune.runtimes.generation import logits_at
+    from pockettune.runtimes.llama import LlamaModel
+
+    with LlamaModel(arguments.reference, arguments.threads) as model:
+        yield partial(logits_at, model)
 
 
 def read_rows(arguments: argparse.Namespace) -> list[Example]:
@@ -154,18 +207,24 @@ def write_stage(
     predictions = metrics.predict(examples, words, scores)
     result = {
         "stage": arguments.metrics.stem,
+        "metric": task.metric,
         **metrics.score_predictions(task, predictions),
         "split": settings["evaluate"]["split"],
         **facts,
     }
-    with program.staged(arguments.predictions) as partial:
-        predictions.to_parquet(partial, index=False)
+    write_files(arguments, predictions, result)
+
+
+def write_files(
+    arguments: argparse.Namespace, predictions: pd.DataFrame, result: dict[str, Any]
+) -> None:
+    """Write a stage's predictions and metrics."""
+    with program.staged(arguments.predictions) as unfinished:
+        predictions.to_parquet(unfinished, index=False)
     program.write_json(arguments.metrics, result)
+    name, metric = arguments.metrics.stem, result["metric"]
     program.logger.info(
-        "%s: accuracy %.1f %% of %d rows",
-        arguments.metrics.stem,
-        100 * result["accuracy"],
-        result["n"],
+        "%s: %s %.1f %% of %d rows", name, metric, 100 * result[metric], result["n"]
     )
 
 

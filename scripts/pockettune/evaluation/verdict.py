@@ -1,30 +1,30 @@
 """Equality as a claim: is a stage as good as F16, worse, or have too few rows been asked?
 
-A paired test of non-inferiority at one-sided 95 %, by the intervals of intervals.py.
+A paired test of non-inferiority at one-sided 95 %, by the intervals of intervals.py, or of bootstrap.py
+where the metric is no share of rows.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 from pockettune.common.words import Words, english
-from pockettune.evaluation.intervals import ONE_SIDED, detectable_difference, paired_interval
 
 
-def judge(lost: int, gained: int, n: int, margin: float) -> dict[str, Any]:
-    """Return {"claim", "margin", "bound", "detectable"}, shares of the rows.
+def judge(paired: Mapping[str, Any], margin: float) -> dict[str, Any]:
+    """Return {"claim", "margin", "bound", "detectable"} of what a comparison of rows found.
 
-    "as good": the accuracy is lower by less than `margin`. "worse": that is not proved, and it is
+    "as good": the metric is lower by less than `margin`. "worse": that is not proved, and it is
     lower. "undecided": neither is proved. `bound` is what the claim rests on: the lowest that the
     difference may be, and for "worse" the highest. `detectable`: the loss that these rows show as
     "worse" in four of five samples.
     """
-    low, high = paired_interval(lost, gained, n, ONE_SIDED)
+    low, high = paired["one_sided"]
     claim = "as good" if low > -margin else "worse" if high < 0 else "undecided"
     return {
         "claim": claim,
         "margin": margin,
         "bound": high if claim == "worse" else low,
-        "detectable": detectable_difference((lost + gained) / n, n),
+        "detectable": paired["detectable"],
     }
 
 

@@ -70,7 +70,7 @@ def read_files(run: Run, files: Mapping[str, str]) -> dict[str, list[str]]:
     from pockettune.data.records import read_table
 
     dataset = run.settings["dataset"]
-    columns = [dataset["text_column"], dataset["label_column"]]
+    columns = [dataset[key] for key in ("text_column", "label_column") if dataset[key]]
     tables = {
         split: [str(t) for t in read_table(run.path(path), columns)[columns[0]]]
         for split, path in files.items()

@@ -72,6 +72,7 @@ class LlamaModel:
             raise UserError(f"{path}: llama.cpp cannot load it; its own words are in the log")
         self.vocabulary = llama_cpp.llama_model_get_vocab(self.model)
         self.vocabulary_size = llama_cpp.llama_vocab_n_tokens(self.vocabulary)
+        self.context_length = llama_cpp.llama_model_n_ctx_train(self.model)
 
     def __enter__(self) -> "LlamaModel":
         return self
@@ -118,15 +119,36 @@ class LlamaModel:
         """Whether generation ends with this token."""
         return bool(llama_cpp.llama_vocab_is_eog(self.vocabulary, token))
 
+    def end_tokens(self) -> set[int]:
+        """Return all tokens with which generation ends."""
+        return set(filter(self.stops_at, range(self.vocabulary_size)))
+
+    def piece(self, token: int, special: bool) -> bytes:
+        """Return a token's bytes, which need not be whole characters; `special`: of special ones too."""
+        size = 64
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            length = llama_cpp.llama_token_to_piece(
+                self.vocabulary, token, buffer, size, 0, special
+            )
+            if length >= 0:
+                return buffer.raw[:length]
+            size = -length
+
     def chat_template(self) -> str | None:
         """Return the chat template that the file stores."""
         template = llama_cpp.llama_model_chat_template(self.model, None)
         return None if template is None else template.decode()
 
     @contextlib.contextmanager
-    def open_context(self, tokens: int, batch: int) -> Iterator["Context"]:
-        """Open room for `tokens` tokens of all sequences together, `batch` of them at a time."""
-        context = Context(self, tokens, batch)
+    def open_context(
+        self, tokens: int, batch: int, sequences: int = PROMPTS_A_BATCH, outputs: int = 0
+    ) -> Iterator["Context"]:
+        """Open room for `tokens` tokens of all sequences together, `batch` of them at a time.
+
+        `outputs` is the largest number of logits' rows that a batch asks for; 0: as many as tokens.
+        """
+        context = Context(self, tokens, batch, sequences, outputs)
         try:
             yield context
         finally:
@@ -161,15 +183,19 @@ class LlamaModel:
 
 
 class Context:
-    """Keys and values of up to PROMPTS_A_BATCH sequences, and of sequence 0, their common start."""
+    """Keys and values of sequences 1 to `sequences`, and of sequence 0, their common start."""
 
-    def __init__(self, model: LlamaModel, tokens: int, batch: int) -> None:
+    def __init__(
+        self, model: LlamaModel, tokens: int, batch: int, sequences: int, outputs: int
+    ) -> None:
         parameters = llama_cpp.llama_context_default_params()
-        parameters.n_seq_max = PROMPTS_A_BATCH + 1
+        parameters.n_seq_max = sequences + 1
         parameters.n_ctx = max(tokens, parameters.n_seq_max)
         # llama.cpp makes room for the logits of every sequence, and ends the process where the batch is
         # smaller than that.
         parameters.n_batch = max(batch, parameters.n_seq_max)
+        # Room is kept for as many rows of the whole vocabulary, 0.6 MB each where that is Qwen2's.
+        parameters.n_outputs_max = outputs and max(outputs, parameters.n_seq_max)
         parameters.kv_unified = True  # sequences that share a start need it (llama.h at 0c1e570)
         parameters.n_threads = parameters.n_threads_batch = model.threads
         self.vocabulary_size = model.vocabulary_size
@@ -190,33 +216,55 @@ class Context:
     def share(self, count: int) -> None:
         """Let sequences 1 to `count` begin with sequence 0."""
         for sequence in range(1, count + 1):
-            llama_cpp.llama_memory_seq_cp(self.memory, 0, sequence, -1, -1)
+            self.share_with(sequence)
 
     def drop(self, count: int) -> None:
         """Forget sequences 1 to `count`."""
         for sequence in range(1, count + 1):
-            llama_cpp.llama_memory_seq_rm(self.memory, sequence, -1, -1)
+            self.forget(sequence)
+
+    def share_with(self, sequence: int) -> None:
+        """Let a sequence begin with sequence 0."""
+        llama_cpp.llama_memory_seq_cp(self.memory, 0, sequence, -1, -1)
+
+    def forget(self, sequence: int) -> None:
+        llama_cpp.llama_memory_seq_rm(self.memory, sequence, -1, -1)
 
     def logits(self, row: int) -> np.ndarray:
         """Return a copy of the logits of a row that `decode` named: (vocabulary,), float32."""
-        pointer = llama_cpp.llama_get_logits_ith(self.context, row)
-        return np.ctypeslib.as_array(pointer, (self.vocabulary_size,)).copy()
+        return self.logits_until_decoding(row).copy()
 
-    def decode(self, sequences: list[tuple[int, int, Sequence[int]]]) -> list[int]:
+    def logits_until_decoding(self, row: int) -> np.ndarray:
+        """Return the same in llama.cpp's own memory, which the next `decode` overwrites."""
+        pointer = llama_cpp.llama_get_logits_ith(self.context, row)
+        return np.ctypeslib.as_array(pointer, (self.vocabulary_size,))
+
+    def compute_start(self, tokens: Sequence[int], batch: int) -> None:
+        """Compute what all sequences begin with, `batch` tokens at a time, as sequence 0."""
+        for begin in range(0, len(tokens), batch):
+            self.decode([(0, begin, tokens[begin : begin + batch])])
+
+    def decode(
+        self,
+        sequences: Sequence[tuple[int, int, Sequence[int]]],
+        wanted: Sequence[int] | None = None,
+    ) -> list[int]:
         """Compute (sequence, first position, tokens) together; return the rows with logits.
 
-        Those are each sequence's last token.
+        Those are each sequence's last token, or as many of its last tokens as `wanted` says.
         """
-        batch, rows, n = self.batch, [], 0
-        for sequence, start, tokens in sequences:
+        batch, n = self.batch, 0
+        rows: list[int] = []
+        counts = [1] * len(sequences) if wanted is None else wanted
+        for (sequence, start, tokens), count in zip(sequences, counts, strict=True):
             for offset, token in enumerate(tokens):
                 batch.token[n] = token
                 batch.pos[n] = start + offset
                 batch.n_seq_id[n] = 1
                 batch.seq_id[n][0] = sequence
-                batch.logits[n] = offset == len(tokens) - 1
+                batch.logits[n] = offset >= len(tokens) - count
                 n += 1
-            rows.append(n - 1)
+            rows += range(n - count, n)
         batch.n_tokens = n
         if code := llama_cpp.llama_decode(self.context, batch):
             raise RuntimeError(f"llama_decode failed with code {code} on {n} tokens")

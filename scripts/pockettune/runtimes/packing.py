@@ -36,6 +36,8 @@ ADVICE = "take another model (docs/models.md lists those that work)"
 
 # Tokens in one forward pass: enough to fill the hardware.
 TOKENS_A_PASS = {"cpu": 2048, "cuda": 16384}
+# Rows of logits in one: of 151,936 columns they are the largest part of it.
+ROWS_A_PASS = 1024
 
 
 @dataclass(frozen=True)
@@ -252,6 +254,25 @@ def packed_logits(
         use_cache=False,
         packing=packing,
     ).logits[0]
+
+
+def logits_at(
+    model: torch.nn.Module, sequences: Sequence[Tokens], places: Sequence[Sequence[int]]
+) -> Iterator[Any]:
+    """Yield the logits behind the given places of each sequence, in order: (places, vocabulary), float32.
+
+    As many sequences a pass as have TOKENS_A_PASS tokens and ROWS_A_PASS rows of logits, or one.
+    """
+    limit = TOKENS_A_PASS[next(model.parameters()).device.type]
+    pairs = list(zip(sequences, places, strict=True))
+    with torch.inference_mode():
+        for group in group_by_tokens(
+            pairs, limit, lambda pair: max(len(pair[0]), len(pair[1]) * limit // ROWS_A_PASS)
+        ):
+            rows = packed_logits(model, [s for s, _ in group], [p for _, p in group])
+            yield from (
+                part.float().cpu().numpy() for part in rows.split([len(p) for _, p in group])
+            )
 
 
 def next_token_logits(model: torch.nn.Module, prompts: Sequence[Tokens]) -> Iterator[Any]:

@@ -2,7 +2,7 @@
 
 import glob
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +13,13 @@ from pockettune.common.errors import UserError, list_faults
 from pockettune.sources import hub
 
 if TYPE_CHECKING:
-    from datasets import DatasetBuilder
+    from datasets import Dataset, DatasetBuilder
 
 SPLITS = ("train", "validation", "test")
 
 
 def read_repository(
-    dataset: Mapping[str, Any], columns: list[str], downloads: Path
+    dataset: Mapping[str, Any], columns: Sequence[str], downloads: Path
 ) -> dict[str, pd.DataFrame]:
     """Download the repository of section dataset and return the rows of each split.
 
@@ -69,12 +69,23 @@ def load_splits(dataset: Mapping[str, Any], folder: Path, cache: Path) -> dict[s
     tables, faults = {}, []
     for split, part in choose_splits(name, dataset["splits"], builder).items():
         try:
-            tables[split] = builder.as_dataset(split=part).to_pandas()
+            tables[split] = with_names(builder.as_dataset(split=part))
         except ValueError as error:  # what the library says of the expression
             faults.append(f"dataset.splits.{split} is {part!r}: {error}")
     if faults:
         raise UserError(f"dataset {name}: {list_faults(faults)}")
     return tables
+
+
+def with_names(rows: "Dataset") -> pd.DataFrame:
+    """Return rows as a table; lists of class numbers, as of entities' labels, as lists of their names."""
+    from datasets import ClassLabel
+
+    table = rows.to_pandas()
+    for column, feature in rows.features.items():
+        if isinstance(classes := getattr(feature, "feature", None), ClassLabel):
+            table[column] = [classes.int2str(numbers.tolist()) for numbers in table[column]]
+    return table
 
 
 def choose_subset(name: str, subset: str | None, folder: Path) -> str | None:

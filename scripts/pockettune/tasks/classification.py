@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pockettune.common.errors import UserError
@@ -15,6 +15,8 @@ class Classification:
     """The model answers with one of the labels of config.yaml's `task.labels`."""
 
     text_field = "text"
+    metric = "accuracy"
+    optional_columns: Sequence[str] = ()
 
     def __init__(self, settings: Mapping[str, Any], columns: Mapping[str, str]) -> None:
         self.system = settings["system"]
@@ -23,6 +25,7 @@ class Classification:
         self.labels: dict[str, str] = dict(sorted(settings["labels"].items()))
         self.text_column = columns["text_column"]
         self.label_column = columns["label_column"]
+        self.columns: Sequence[str] = [self.text_column, self.label_column]
         self._read_as: dict[str, str] = {}  # by `settle`
 
     def settle(self, tables: Sequence["pd.DataFrame"]) -> None:
@@ -64,6 +67,9 @@ class Classification:
             raise ValueError(f"{self.text_column} is empty")
         raise ValueError(f"{self.text_column} is {text!r}, not text")
 
+    def trial(self) -> dict[str, Any]:
+        return {"id": "(a trial)", "text": "{text}"}
+
     def prompt(self, record: Mapping[str, Any]) -> list[dict[str, str]]:
         question = {"role": "user", "content": self.template.replace("{text}", record["text"])}
         return [{"role": "system", "content": self.system}, question] if self.system else [question]
@@ -71,10 +77,19 @@ class Classification:
     def answer(self, record: Mapping[str, Any]) -> str:
         return record["label"]
 
+    def clean(self, record: dict[str, Any], defuse: Callable[[str], str]) -> dict[str, Any]:
+        return {**record, "text": defuse(record["text"])}
+
+    def shorten(
+        self, record: dict[str, Any], excess: int, cut: Callable[[str, int], str]
+    ) -> dict[str, Any] | None:
+        text = record["text"]
+        return {**record, "text": cut(text, excess)} if text else None
+
     def constrain(self) -> list[str]:
         return list(self.labels.values())
 
-    def parse(self, text: str) -> str | None:
+    def parse(self, text: str, record: Mapping[str, Any] | None = None) -> str | None:
         return text.strip() if text.strip() in self.labels.values() else None
 
     def score(self, references: Sequence[str], predictions: Sequence[str]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from pockettune.common import program
 from pockettune.common.errors import DiskFullError, UserError
 from pockettune.data.prompts import Example
 from pockettune.evaluation import metrics
+from pockettune.evaluation.reading import describe_reading, read_answers
 from pockettune.evaluation.scoring import score_answers
 from pockettune.runtimes import packing
 from pockettune.runtimes.batching import group_by_tokens
@@ -81,6 +82,27 @@ class Validator:
     def true_answers(self) -> np.ndarray:
         """Return each example's right answer, as its place among `words`: (examples,)."""
         return np.array([self.words.index(example.reference) for example in self.examples])
+
+
+@dataclass(frozen=True)
+class TextValidator:
+    """Reads the reference answers of validation with the model, token by token.
+
+    Generating them would take many times as long.
+    """
+
+    examples: Sequence[Example]
+    interval: int  # updates between two validations
+    metric: ClassVar = "token_accuracy"
+
+    def score(self, model: torch.nn.Module, hardware: Hardware) -> tuple[Scores, None]:
+        """Return the share of the answers' tokens that were the likeliest, and "loss", minus the mean
+        log probability of a token; no answers' scores."""
+        with without_dropout(model), hardware.autocast():
+            read = list(
+                read_answers(partial(packing.logits_at, model), self.examples, "validation")
+            )
+        return describe_reading(read), None
 
 
 @contextlib.contextmanager
@@ -146,12 +168,15 @@ class TrainingState:
             setattr(self, name, saved[name])
         self.resumed += 1
 
-    def add_validation(self, scores: Scores, metric: str, log_probabilities: np.ndarray) -> None:
+    def add_validation(
+        self, scores: Scores, metric: str, log_probabilities: np.ndarray | None
+    ) -> None:
         """Record a validation; keep the weights if it is the best: by metric, then by loss."""
         self.validations.append({"update": len(self.updates), **scores})
         if self.best_validation(metric) is self.validations[-1]:
             self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
-            self.best_scores = torch.from_numpy(log_probabilities)
+            if log_probabilities is not None:
+                self.best_scores = torch.from_numpy(log_probabilities)
 
     def best_validation(self, metric: str) -> dict[str, Any] | None:
         """Return the best validation so far, the earliest of equals."""
@@ -217,7 +242,11 @@ def cut_batch(batch: Sequence[Example], settings: Settings, device: str) -> Iter
     """
     rows, tokens = _pass_limits(settings)
     limit = min(tokens, packing.TOKENS_A_PASS[device])
-    return group_by_tokens(batch, limit, lambda e: len(e.prompt_ids) + len(e.answer_ids), rows)
+
+    def weigh(example: Example) -> int:
+        return max(len(example.ids()), int(len(example.learned()) * limit / packing.ROWS_A_PASS))
+
+    return group_by_tokens(batch, limit, weigh, rows)
 
 
 def _pass_limits(settings: Settings) -> tuple[int | None, float]:
@@ -267,10 +296,11 @@ def batch_loss(
     sequences = [[*e.prompt_ids, *e.answer_ids[:-1]] for e in examples]
     # The token at position p is predicted at p - 1: the answer's first one at the prompt's last.
     positions = [
-        range(len(e.prompt_ids) - 1, len(s)) for e, s in zip(examples, sequences, strict=True)
+        [p - 1 for p in e.learned()] or [len(s) - 1]
+        for e, s in zip(examples, sequences, strict=True)
     ]
     logits = packing.packed_logits(model, sequences, positions).float()
-    answers = [(e, t) for e in examples for t in e.answer_ids or [WITHOUT_ANSWER]]
+    answers = [(e, t) for e in examples for t in targets_of(e)]
     targets = torch.tensor([t for _, t in answers], device=logits.device)
     of_tokens = torch.tensor([weights.of_token(e) for e, _ in answers], device=logits.device)
     losses = cross_entropy(logits, targets, reduction="none", ignore_index=WITHOUT_ANSWER)
@@ -282,6 +312,12 @@ def batch_loss(
     return (1 - teacher.weight) * gold + teacher.weight * divergence
 
 
+def targets_of(example: Example) -> list[int]:
+    """Return the tokens that are learned of an example, or WITHOUT_ANSWER alone."""
+    ids = example.ids()
+    return [ids[place] for place in example.learned()] or [WITHOUT_ANSWER]
+
+
 def run_updates(
     model: torch.nn.Module,
     examples: Sequence[Example],
@@ -289,7 +325,7 @@ def run_updates(
     settings: Settings,
     weights: AnswerWeights,
     hardware: Hardware,
-    validator: Validator | None,
+    validator: Validator | TextValidator | None,
     scratch: Path,
     save_every: float,
     teacher: Teacher | None = None,

@@ -42,6 +42,20 @@ NEED_IMPORTANCE = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3
 UNUSABLE = re.compile(r"[{}<>\x00-\x1f\x7f\ud800-\udfff]|^-")
 
 
+# What section task holds for every task, and what each has besides with the value of a key that is left
+# out; for MUST there is none. A task of the user's own may take any of them.
+COMMON_KEYS = ("type", "system", "prompt", "labels", "template_options")
+MUST = object()
+TASK_KEYS: dict[str, dict[str, Any]] = {
+    "classification": {},
+    "entities": {"types": MUST, "no_answer": MUST, "max_answer_tokens": 64},
+    "answer": {"no_answer": None, "count": "characters", "stride": 128, "max_answer_tokens": 64},
+    "chat": {"max_answer_tokens": 256},
+}
+# What task.prompt must hold.
+PLACES = {"answer": ("{text}", "{question}"), "chat": ()}
+
+
 def check_config(config: Config, schema: dict[str, Any]) -> None:
     """Raise UserError naming every fault of `config`; first mend what YAML and merging leave.
 
@@ -57,6 +71,7 @@ def check_config(config: Config, schema: dict[str, Any]) -> None:
         faults = list(_contradictions(config))
     if faults:
         raise UserError(f"config: {list_faults(faults)}")
+    _fill_task(config)
     config.update(_spell_alike(config, schema, schema))
     for name in variants_of(config["quantize"], GGUF):
         config["quantize"][name].pop("format", None)  # the same recipe as without
@@ -100,13 +115,40 @@ def check_files(paths: dict[str, str]) -> None:
         raise UserError(f"config: {list_faults(faults)}")
 
 
-def drop_idle(config: Config) -> None:
-    """Set to null, or drop, what another key makes idle, so that changing it is no reason to rerun."""
+def check_text(config: Config) -> None:
+    """Raise UserError naming the keys that count labels, of which a task of text has none."""
+    train = config["train"]
+    kept = config["model"]["keep_layers"]
+    faults = {
+        "train.teacher": train.get("teacher"),
+        "train.class_weights: balanced": train.get("class_weights") == "balanced",
+        "model.keep_layers.choose: auto": isinstance(kept, dict),
+        **{
+            f"quantize.{name}.format": kind
+            for name, recipe in config["quantize"].items()
+            if (kind := recipe.get("format", GGUF)) != GGUF
+        },
+    }
+    if found := [key for key, given in faults.items() if given]:
+        raise UserError(
+            f"config: {', '.join(found)}: made for labels, and task.type {config['task']['type']} answers with"
+            " text; take it out"
+        )
+
+
+def drop_idle(config: Config, text: bool = False) -> None:
+    """Set to null, or drop, what another key makes idle, so that changing it is no reason to rerun.
+
+    `text`: the task's answers are text, of which the labels, and the metric that counts them, say nothing.
+    """
     model, dataset, train = config["model"], config["dataset"], config["train"]
     if train["batch_tokens"]:
         train["batch_size"] = None
     if train["eval_every"] is None:
         train.update(eval_limit=None, metric=None, patience=None)
+    if text:
+        train["metric"] = None
+        config["task"]["labels"] = {}
     if train["teacher"] and train["teacher"]["weight"] == 0:
         train["teacher"] = None
     if config["vocabulary"]["keep"] == "full":
@@ -144,9 +186,10 @@ def _normalise(config: Config) -> None:
         config["quantize"] = {
             str(key): value for key, value in quantize.items() if value is not None
         }
-    if isinstance(task, dict) and isinstance(task.get("labels"), dict):
-        labels = task["labels"].items()
-        task["labels"] = {str(key): value for key, value in labels if value is not None}
+    for key in ("labels", "types"):
+        if isinstance(task, dict) and isinstance(task.get(key), dict):
+            words = task[key].items()
+            task[key] = {str(value): word for value, word in words if word is not None}
 
 
 def _boolean_labels(config: Config) -> Iterator[str]:
@@ -224,8 +267,6 @@ def _describe(error: ValidationError) -> Iterator[str]:
         )
     elif where.startswith("hub.send_token_to.") and error.validator == "pattern":
         yield f"{where} is {error.instance!r}, not the name of a host"
-    elif where == "task.prompt":
-        yield f"{where} does not hold {{text}}, the place of the record's text"
     elif (
         str(error.validator) in ("not", "pattern") and error.parent is None and where == "quantize"
     ):
@@ -275,11 +316,54 @@ def _contradictions(config: Config) -> Iterator[str]:
     bundled = (config.get("bundle") or {}).get("file", "best")
     if bundled not in (known := ["best", "f16", *shipped]):
         yield f"bundle.file is {bundled!r}; {_nearest(bundled, known)}"
-    words = list(config["task"]["labels"].values())
-    if len(set(words)) < len(words):
-        yield f"task.labels answers the same word for two values: {', '.join(words)}"
-    if spaced := [repr(word) for word in words if word != word.strip()]:
-        yield f"task.labels: {', '.join(spaced)} begins or ends with a space; take it away"
+    yield from _unusable_task(config["task"], config["dataset"])
+
+
+def _unusable_task(task: Config, dataset: Config) -> Iterator[str]:
+    """Yield the keys of another task, those that are missing, and words that cannot be told apart."""
+    kind = task["type"]
+    for place in PLACES.get(kind, ("{text}",)):
+        if place not in task["prompt"]:
+            yield f"task.prompt does not hold {place}, the place of the record's {place[1:-1]}"
+    known = TASK_KEYS.get(kind)
+    if known is not None:
+        for key in sorted(set(task) - {*COMMON_KEYS, *known}):
+            takers = [name for name, keys in TASK_KEYS.items() if key in keys]
+            yield f"task.{key} is for task.type {' or '.join(takers)}, not {kind}; take it out"
+        for key, default in known.items():
+            if default is MUST and not task.get(key):
+                yield f"task.{key} is missing, without which task.type {kind} cannot be asked"
+    if kind == "classification" and len(task["labels"]) < 2:
+        yield f"task.labels has {len(task['labels'])} labels, not two or more"
+    if kind != "chat" and dataset["label_column"] is None:
+        yield f"dataset.label_column is null, which is for task.type chat, not {kind}"
+    if kind != "answer" and "question_column" in dataset:
+        yield f"dataset.question_column is for task.type answer, not {kind}; take it out"
+    for key in ("labels", "types"):
+        words = list(task.get(key, {}).values())
+        if len(set(words)) < len(words):
+            yield f"task.{key} answers the same word for two values: {', '.join(words)}"
+        if spaced := [repr(word) for word in words if word != word.strip()]:
+            yield f"task.{key}: {', '.join(spaced)} begins or ends with a space; take it away"
+    if broken := [word for word in task.get("types", {}).values() if ":" in word or "\n" in word]:
+        yield f"task.types: {list_faults([*map(repr, broken)])} holds a colon or a line break; take it out"
+
+
+def _fill_task(config: Config) -> None:
+    """Give section task the keys of its type that were left out, and take away what config.yaml left."""
+    task, dataset = config["task"], config["dataset"]
+    known = TASK_KEYS.get(task["type"])
+    if known is None:
+        return
+    config["task"] = {key: task[key] for key in COMMON_KEYS} | {
+        key: task.get(key, default) for key, default in known.items()
+    }
+    if task["type"] != "classification":
+        config["task"]["labels"] = {}
+    if task["type"] == "answer":
+        dataset.setdefault("question_column", "question")
+    if task["type"] == "chat":  # whose data hold the user's messages as they are
+        config["task"]["prompt"] = ""
 
 
 def _unusable_recipes(quantize: Config) -> Iterator[str]:
