@@ -6,6 +6,7 @@ localrules:
     fetch_dataset,
     fetch_converter,
     pack_offline,
+    pack_offline_with_everything,
     pack_offline_with_wheels,
 
 
@@ -104,6 +105,7 @@ rule pack_offline:
         model=hub_model(),
         fetched=OUT_OF_PACKAGES,
         requirements="requirements.txt",
+        extras=expand("requirements-{kind}.txt", kind=FORMATS),
         constraints="constraints.txt",
     output:
         bundle="<results>/offline.tar",
@@ -117,10 +119,12 @@ rule pack_offline:
         settings=settings("model", "dataset"),
         packages=PACKAGES,
         wheels="none",
+        devices="none",
     shell:
         command(
             "params.settings input.model params.packages downloads=resources/downloads"
-            " params.wheels input.requirements input.constraints output=output.bundle"
+            " params.wheels params.devices input.requirements input.extras input.constraints"
+            " output=output.bundle"
         )
 
 
@@ -135,6 +139,21 @@ use rule pack_offline as pack_offline_with_wheels with:
         settings=settings("model", "dataset"),
         packages=PACKAGES,
         wheels="all",
+        devices="none",
+
+
+use rule pack_offline as pack_offline_with_everything with:
+    output:
+        bundle="<results>/offline-with-everything.tar",
+    log:
+        "<results>/logs/pack_offline_with_everything.log",
+    benchmark:
+        "<results>/benchmarks/pack_offline_with_everything.tsv"
+    params:
+        settings=settings("model", "dataset"),
+        packages=PACKAGES,
+        wheels="all",
+        devices="all",
 
 
 rule tokenize:

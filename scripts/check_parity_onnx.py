@@ -26,7 +26,14 @@ from pockettune.parity import exported
 from pockettune.parity.exported import Result
 from pockettune.parity.reference import generate_greedy, logits_of_torch
 from pockettune.runtimes.exact import load_exact
-from pockettune.runtimes.onnx import CHAT_TEMPLATE, MODEL, OnnxModel, OnnxTokenizer, stop_tokens
+from pockettune.runtimes.onnx import (
+    CHAT_TEMPLATE,
+    MODEL,
+    OnnxModel,
+    OnnxTokenizer,
+    import_genai,
+    stop_tokens,
+)
 from pockettune.tasks import Message, load_task
 
 PROMPTS_TOKENIZED = 5_000  # all of them where there are no more
@@ -106,14 +113,13 @@ def check_computed(
 
 def generate_in_app(export: Path, prompts: Sequence[Sequence[int]], limit: int) -> list[list[int]]:
     """Return what onnxruntime-genai itself writes behind each prompt, up to where it stops."""
-    import onnxruntime_genai
-
-    model = onnxruntime_genai.Model(str(export))
+    genai = import_genai()
+    model = genai.Model(str(export))
     said = []
     for prompt in prompts:
-        parameters = onnxruntime_genai.GeneratorParams(model)
+        parameters = genai.GeneratorParams(model)
         parameters.set_search_options(max_length=len(prompt) + limit, do_sample=False)
-        generator = onnxruntime_genai.Generator(model, parameters)
+        generator = genai.Generator(model, parameters)
         generator.append_tokens(np.array([prompt], np.int32))
         answer = []
         while not generator.is_done():

@@ -19,12 +19,11 @@ import torch
 
 from pockettune.common import program
 from pockettune.common.errors import UserError
-from pockettune.common.extras import use_extra
 from pockettune.data.serving import context_tokens
 from pockettune.data.task_template import find_frame, write_template
 from pockettune.evaluation.metrics import provenance
 from pockettune.models.folder import load_tokenizer, tensor_shapes
-from pockettune.runtimes.onnx import CHAT_TEMPLATE, CONFIG, MADE, WEIGHTS
+from pockettune.runtimes.onnx import CHAT_TEMPLATE, CONFIG, MADE, WEIGHTS, import_genai
 from pockettune.tasks import load_task
 
 # The oldest ONNX Runtime that was seen to load a folder of a type and to compute what 1.32.0 does.
@@ -54,7 +53,7 @@ def export_onnx(settings: Mapping[str, Any], model: Path, threads: int, output: 
 
 def build(model: Path, recipe: Mapping[str, Any], context: int, output: Path) -> None:
     """Run the builder in this process; what it prints goes into the log."""
-    use_extra("onnx")
+    import_genai()
     cache = output / "cache"
     place = ("", str(model), str(output), recipe["type"], "cpu", str(cache))
     with printed_to_log():
@@ -143,13 +142,17 @@ class _Lines:
     """A stream whose whole lines are logged; what is drawn over itself is not."""
 
     def __init__(self) -> None:
-        self.open = ""
+        self.open, self.logging = "", False
 
     def write(self, text: str) -> int:
+        if self.logging:  # by a handler that a library has put onto this stream
+            return len(text)
         *lines, self.open = (self.open + text).split("\n")
+        self.logging = True
         for line in lines:
             if line.strip() and "\r" not in line:
                 logging.getLogger("onnxruntime_genai").info(line)
+        self.logging = False
         return len(text)
 
     def flush(self) -> None:

@@ -174,7 +174,7 @@ def text_rows(
     whole = [
         group[-1]
         for group in group_records(examples)
-        if (row := scored.get(group[0].record)) and row["answer_ids"] is not None
+        if (row := scored.get(group[0].record)) and isinstance(row["answer_ids"], str)
         if (len(group) == 1 or conversation) and not group[-1].cut
         if breaks or not group[-1].defused
     ]

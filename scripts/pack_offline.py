@@ -1,7 +1,8 @@
 """Pack what a config needs from outside into one file, for a machine without a network.
 
 Input   the model's folder as it was fetched, the dataset's repository, archives of packages; with
-        --wheels all, what pip finds for requirements.txt under constraints.txt
+        --wheels all, what pip finds for requirements.txt under constraints.txt, and for the lists of other
+        formats; with --devices all, what make app and make phone take from npm and pip
 Output  a tar, for scripts/unpack_offline.py: manifest.json with each file's SHA-256 and what it was
         made for, then the files by name. The same input makes the same bytes. Not compressed:
         weights and wheels do not get smaller
@@ -20,11 +21,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import fetch_wllama
+from build_phone import zig_package
 from pockettune.common import disk, program
 from pockettune.common.checksums import sha256
 from pockettune.common.errors import UserError, list_faults
 from pockettune.sources import hub
 from pockettune.sources.bundle import FORMAT, MANIFEST, offline_folder
+from pockettune.sources.packages import download_npm_package, download_package
 
 # What builds llama-cpp-python, which comes as source and is made for the processor it is built on;
 # pip, because `make setup` asks for the newest.
@@ -34,13 +38,17 @@ BUILT_THERE = "llama_cpp_python-"
 
 def pack_offline(
     settings: Mapping[str, Any], model: Path | None, packages: Sequence[str],
-    requirements: tuple[Path, Path] | None, downloads: Path, output: Path,
+    requirements: tuple[Path, Path] | None, downloads: Path, output: Path, devices: bool = False,
+    extras: Sequence[Path] = (),
 ) -> None:  # fmt: skip
     """Gather the files, write down their checksums, and pack them.
 
-    Without `requirements` (requirements.txt and constraints.txt) no wheels are packed.
+    Without `requirements` (requirements.txt and constraints.txt) no wheels are packed, without
+    `devices` nothing for the app and the programs of a phone; `extras` are the formats' own lists, each
+    complete by itself.
     """
     with contextlib.ExitStack() as stack:
+        packages = [*packages, *(download_for_devices(downloads) if devices else [])]
         files = dict(package_files(packages, downloads))
         holds: dict[str, Any] = {"packages": sorted(packages), "model": None, "dataset": None}
         if model is not None:
@@ -59,6 +67,8 @@ def pack_offline(
             wheels = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=output.parent)))
             with disk.tell_full_disk(output, wheels):
                 gather_wheels(*requirements, wheels)
+                for extra in extras:
+                    run_pip("download", "--no-deps", "--dest", wheels, "--requirement", extra)
             files |= files_below(wheels, "wheels")
             holds["wheels"] = describe_python()
         write_bundle(files, holds, output)
@@ -77,6 +87,15 @@ def model_files(model: Mapping[str, Any], folder: Path) -> dict[str, Path]:
     place = f"hub/{hub.folder_name('model', model['name'], model['revision'])}"
     files = files_below(folder, place)
     return {name: path for name, path in files.items() if name != f"{place}/source.json"}
+
+
+def download_for_devices(downloads: Path) -> list[str]:
+    """Have the archives of build_phone.py, for this kind of machine, and of fetch_wllama.py; their names."""
+    archives = [
+        download_package(zig_package(), downloads),
+        download_npm_package(fetch_wllama.PACKAGE, downloads),
+    ]
+    return [archive.name for archive in archives]
 
 
 def package_files(packages: Sequence[str], downloads: Path) -> Iterator[tuple[str, Path]]:
@@ -166,7 +185,9 @@ def main() -> None:
     parser.add_argument("--packages", nargs="*", default=[], help="names of archives")
     parser.add_argument("--downloads", type=Path, required=True, help="folder of what was fetched")
     parser.add_argument("--wheels", choices=["none", "all"], required=True)
+    parser.add_argument("--devices", choices=["none", "all"], required=True)
     parser.add_argument("--requirements", type=Path, required=True)
+    parser.add_argument("--extras", type=Path, nargs="*", default=[], help="lists of other formats")
     parser.add_argument("--constraints", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True, help="tar to write")
 
@@ -179,6 +200,8 @@ def main() -> None:
             lists if arguments.wheels == "all" else None,
             arguments.downloads,
             arguments.output,
+            arguments.devices == "all",
+            arguments.extras,
         )
 
     program.run(parser, work)

@@ -30,11 +30,17 @@ def run_on_phone(
     files = [programs / f"score-{name}", *(bundle / file for file in FILES)]
     if missing := [str(path) for path in files if not path.is_file()]:
         raise UserError(f"{', '.join(missing)}: not there; make phone builds them")
+    if "labels" not in next(read_records(bundle / "conformance.jsonl")):
+        raise UserError(
+            f"{bundle} is of a task whose answers are text, and the program for phones answers with labels; run"
+            " llama-server there with the bundle's llama-server.ini and scripts/conform.py here (docs/phone.md)"
+        )
     device.run(f"mkdir -p {device.folder}")
     sent = {path.name: device.put(path, path.name) for path in files}
     program.logger.info("running score-%s on %s", name, device.name)
     arguments = " ".join([*FILES, *map(str, options)])
-    command = f"cd {device.folder} && chmod 755 score-{name} && ./score-{name} {arguments}"
+    # Behind exit the shell waits for the program, and so tells of a signal in a number; sshd does not.
+    command = f"cd {device.folder} && chmod 755 score-{name} && ./score-{name} {arguments}; exit $?"
     measured = summarize(device.run(command, seconds=None))
     comparison = compare(list(read_records(files[-1])), measured["rows"])
     result = {

@@ -41,7 +41,11 @@ def shell(command: str) -> int:
     if FAULT == "lost-running" and "./score" in command:
         print('{"rows": [')
         lose()
-    return subprocess.run(["sh", "-c", command.replace(PLACE, str(DEVICE))], cwd=DEVICE).returncode
+    command = command.replace(PLACE, str(DEVICE))
+    code = subprocess.run(["bash", "-c", command], cwd=DEVICE).returncode
+    if code < 0:  # of a signal, sshd tells ssh no number, adbd a shell's
+        return 255 if Path(sys.argv[0]).name == "ssh" else 128 - code
+    return code
 
 
 def main() -> int:

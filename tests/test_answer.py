@@ -116,6 +116,7 @@ BY_CMRC = [
     (["Nexon公司的K-Pop"], "nexon公司的kpop", 1, 1.0),
     (["可选择经典、热血、狙击等模式进行游戏。"], "经典、热血、狙击", 0, 0.5454545454545454),
     (["2011年"], "2012年", 0, 0.5),
+    (["北京大学"], "大学北京", 0, 0.5),
     (["don't stop, U.S."], "stop", 0, 0.2857142857142857),
     (["……"], "…", 0, 0.0),
 ]
@@ -221,6 +222,6 @@ def test_cmrc_is_read_and_its_own_answers_are_right() -> None:
             records.append(TASK.read({str(key): cell for key, cell in row.items()}))
         except ValueError as error:
             faults.append(str(error))
-    assert len(records) == 1001 and faults == ["question is empty"]
+    assert len(records) == 1000 and faults == ["question is empty"] * 2
     scores = TASK.score(list(map(TASK.reference, records)), list(map(TASK.answer, records)))
-    assert scores == {"f1": 1, "exact_match": 1, "n": 1001, "answerable": {"f1": 1, "exact_match": 1, "n": 1001}}  # fmt: skip
+    assert scores == {"f1": 1, "exact_match": 1, "n": 1000, "answerable": {"f1": 1, "exact_match": 1, "n": 1000}}  # fmt: skip

@@ -12,7 +12,7 @@ REQUIREMENTS = dict(PIN.findall((ROOT / "requirements.txt").read_text()))
 CONDA_NAMES = {"pytorch": "torch", "matplotlib-base": "matplotlib"}
 
 
-@pytest.mark.parametrize("name", ["data", "train", "llama_cpp", "report", "onnx"])
+@pytest.mark.parametrize("name", ["data", "train", "llama_cpp", "report", "onnx", "litert"])
 def test_conda_environment_pins_the_same_versions(name: str) -> None:
     environment = yaml.safe_load((ROOT / f"envs/{name}.yaml").read_text())
     # What pip brings of another format's packages, test_formats.py compares.

@@ -16,6 +16,7 @@ from pockettune.common import extras
 from pockettune.common.errors import UserError
 from pockettune.common.formats import file_name, variants_of
 from pockettune.evaluation.choice import Limits, choose
+from pockettune.evaluation.intervals import compare_changes
 from pockettune.machine.estimate import file_names
 from pockettune.machine.exported import file_bytes
 from pockettune.machine.shape import Shape, Tensor
@@ -119,7 +120,10 @@ def predictions(rows: int, wrong: int = 0) -> pd.DataFrame:
 def test_rung_on_fewer_rows_is_compared_on_those_and_shows_no_flips() -> None:
     tables = {name: predictions(20) for name in NAMES}
     tables |= {"onnx_float": predictions(5), "int4": predictions(20, wrong=2)}
-    metrics: dict[str, Any] = {name: {"n": len(table), "metric": "accuracy", "accuracy": 1.0} for name, table in tables.items()}
+    metrics: dict[str, Any] = {
+        name: {"n": len(table), "metric": "accuracy", "accuracy": 1.0}
+        for name, table in tables.items()
+    }
     metrics["int4"]["format"] = metrics["onnx_float"]["format"] = "onnx"
     metrics["wi8"]["format"] = "litert"
     stages = compare_stages(metrics, tables, 0.01, {})["stages"]
@@ -133,15 +137,15 @@ def test_rung_on_fewer_rows_is_compared_on_those_and_shows_no_flips() -> None:
 
 def test_best_gguf_is_a_gguf_file_however_small_another_is() -> None:
     def stage(size: int, **more: Any) -> dict[str, Any]:
-        paired = {"lost": 0, "gained": 0, "n": 10_000}
-        return {"size_bytes": size, "accuracy": 0.9, "stored": {}, "against_f16": paired, **more}
+        paired = compare_changes(0, 0, 10_000)
+        return {"size_bytes": size, "score": 0.9, "stored": {}, "against_f16": paired, **more}
 
     stages = {
-        "merged": {"accuracy": 0.9},
-        "f16": {"size_bytes": 9, "accuracy": 0.9, "stored": {}},
+        "merged": {"score": 0.9},
+        "f16": {"size_bytes": 9, "score": 0.9, "stored": {}},
         "q8_0": stage(5),
         "int4": stage(3, format="onnx"),
-        "onnx_float": {"size_bytes": 20, "accuracy": 0.9, "format": "onnx"},
+        "onnx_float": {"size_bytes": 20, "score": 0.9, "format": "onnx"},
     }
     speed = {name: {"resident_bytes": 1, "prompt": {"mean": 1}} for name in ("f16", "q8_0", "int4")}
     choice = choose(stages, speed, Limits(None, None, 0.01))
@@ -185,7 +189,7 @@ def test_files_of_all_formats_have_a_place_and_a_size() -> None:
 
 
 def test_every_format_has_its_pins_in_both_places() -> None:
-    for name in ("onnx",):
+    for name in ("onnx", "litert"):
         pins = [
             line.split("#")[0].strip()
             for line in (ROOT / f"requirements-{name}.txt").read_text().splitlines()

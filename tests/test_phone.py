@@ -2,24 +2,35 @@
 
 import json
 import os
+import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import llama_cpp
+import numpy as np
 import pytest
 
-from conftest import ARCHIVE, ROOT, run_program
+import stand_in_adbd
+from conftest import ARCHIVE, ROOT, run_program, run_snakemake
 from pockettune.common.errors import UserError
 from pockettune.phone import devices
+from pockettune.phone.compiling import PROCESSORS, compile_programs
 from pockettune.phone.results import compare, summarize
 from pockettune.phone.selection import choose_program
+from pockettune.runtimes.llama import LlamaModel
+from quantize_model import quantize_model
+from test_workflow import edit_config, planned
 
 SOURCES = ROOT / "scripts/pockettune/phone"
 PROGRAMS = ROOT / "resources/phone"
+RELEASE = llama_cpp.__version__
 LABELS = ("负面", '正"<img onerror>')
 A53 = "fp asimd evtstrm aes pmull sha1 sha2 crc32 cpuid"
 A76 = A53 + " atomics fphp asimdhp asimdrdm lrcpc dcpop asimddp"
@@ -37,7 +48,7 @@ def cpuinfo(*cores: str) -> str:
 @pytest.mark.parametrize(
     ("cores", "name"),
     [([A53], "armv8-a"), ([A76], "dotprod"), ([A710, A710], "i8mm"), ([A76, A53], "armv8-a"), ([], "armv8-a"),
-     ([A53 + " svei8mm asimddpx"], "armv8-a"), ([A53 + " i8mm"], "armv8-a"), ([A710, A76], "dotprod")],
+     ([A53 + " svei8mm asimddpx"], "armv8-a"), ([A53 + " i8mm"], "armv8-a"), ([A53 + " asimddp"], "armv8-a"), ([A710, A76], "dotprod")],
 )  # fmt: skip
 def test_program_is_of_what_all_cores_have(cores: list[str], name: str) -> None:
     assert choose_program("aarch64\n", cpuinfo(*cores)) == name
@@ -106,6 +117,13 @@ def answer_with(folder: Path, told: dict[str, Any]) -> None:
     (folder / "programs/score-dotprod").write_text(script, encoding="utf-8")
 
 
+@pytest.mark.parametrize("options", [[], ["--host", "pi@board"]])
+def test_processor_that_has_less_than_it_says_is_told(phone: Path, options: list[str]) -> None:
+    (phone / "programs/score-dotprod").write_text("#!/bin/sh\nkill -ILL $$\n")
+    assert "Illegal instruction" in one_line(run_phone(phone, *options))
+    assert not (phone / "phone.json").exists()
+
+
 def run_phone(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return run_program("run_on_phone.py", "--bundle", folder / "bundle", "--programs", folder / "programs",
                        "--output", folder / "phone.json", *options)  # fmt: skip
@@ -144,6 +162,12 @@ def test_other_answer_is_told_and_a_close_one_may_change(phone: Path) -> None:
     told = json.loads((phone / "phone.json").read_text())["comparison"]
     assert (told["near"], told["wrong"]) == (["test-2"], {"test-0": LABELS[1]})
     assert told["largest_difference"] == pytest.approx(2.9)
+
+
+def test_bundle_of_text_is_refused(phone: Path) -> None:
+    (phone / "bundle/conformance.jsonl").write_text('{"id": "test-0", "answer": "x"}\n')
+    assert "is of a task whose answers are text" in one_line(run_phone(phone))
+    assert not (phone / "phone.json").exists() and not list((phone / "device").rglob("*.gguf"))
 
 
 @pytest.mark.parametrize(
@@ -198,6 +222,75 @@ def test_host_is_no_option_of_ssh(phone: Path) -> None:
     assert not (phone / "device/calls").exists()
 
 
+# ---- the real adb, with a stand-in at the other end of its wire
+
+
+@pytest.fixture
+def wire(phone: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of a phone that the real adb can reach, its server one of the test's own."""
+    (phone / "bin/adb").unlink()
+    if shutil.which("adb") is None:
+        pytest.skip("needs adb")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        monkeypatch.setenv("ANDROID_ADB_SERVER_PORT", str(free.getsockname()[1]))
+    monkeypatch.setenv("HOME", str(phone))  # for its key
+    with stand_in_adbd.serve(phone / "device") as port:
+        try:
+            yield f"127.0.0.1:{port}"
+        finally:
+            adb("kill-server")
+
+
+def adb(*arguments: str) -> str:
+    # Its server keeps what it inherits open, so no pipe.
+    result = subprocess.run(["adb", *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=60)  # fmt: skip
+    return result.stdout
+
+
+def test_adb_pushes_and_runs(phone: Path, wire: str) -> None:
+    adb("start-server")
+    assert "connected" in adb("connect", wire)
+    (phone / "bundle/model.gguf").write_bytes(bytes(range(256)) * 20_000)  # many messages
+    result = run_phone(phone)
+    assert result.returncode == 0, result.stdout
+    told = json.loads((phone / "phone.json").read_text())
+    assert told["comparison"]["right"] == 3
+    assert told["device"] == {"name": wire, "model": "Pixel 6", "program": "dotprod"}
+    sent = phone / "device/pockettune/model.gguf"
+    assert sent.read_bytes() == (phone / "bundle/model.gguf").read_bytes()
+    assert "model.gguf is there already" in run_phone(phone).stdout
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [("lost", "sending score-dotprod failed (adb: error: failed to copy"),
+     ("lost-running", "was the device lost"),  # adb shell ends with 0 then
+     ("full", "remote No space left on device")],
+)  # fmt: skip
+def test_adb_that_loses_the_phone_is_one_line(
+    phone: Path, wire: str, monkeypatch: pytest.MonkeyPatch, fault: str, words: str
+) -> None:
+    adb("start-server")
+    adb("connect", wire)
+    monkeypatch.setenv("FAULT", fault)
+    assert words in one_line(run_phone(phone))
+    assert not (phone / "phone.json").exists()
+    monkeypatch.delenv("FAULT")
+    adb("disconnect", wire)
+    adb("connect", wire)
+    assert run_phone(phone).returncode == 0, "and the next run mends it"
+
+
+def test_adb_of_a_phone_that_has_not_allowed_it(
+    phone: Path, wire: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adb("start-server")
+    monkeypatch.setenv("FAULT", "unauthorized")
+    adb("connect", wire)
+    told = one_line(run_phone(phone, "--look"))
+    assert re.match(f"{wire} is (unauthorized|authorizing): unlock the phone", told), told
+
+
 # ---- the program itself
 
 
@@ -234,32 +327,31 @@ def score(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "score"
 
 
-def replay(command: list[str | Path], folder: Path) -> dict[str, Any]:
-    """Run a score program on a bundle, with one round."""
-    arguments = [str(folder / "model.gguf"), str(folder / "conformance.jsonl"), "1", "1", "0"]
-    result = subprocess.run([*command, *arguments], capture_output=True, text=True)
+def replay(command: list[str | Path], folder: Path, rounds: int = 1) -> dict[str, Any]:
+    """Run a score program on a bundle."""
+    files = [folder / "model.gguf", folder / "conformance.jsonl"]
+    result = subprocess.run([*command, *files, "1", str(rounds), "0"], capture_output=True, text=True)  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     measured = summarize(result.stdout)
+    return {**measured, "found": measured["rows"], **compare(read_rows(folder), measured["rows"])}
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
     lines = (folder / "conformance.jsonl").read_text(encoding="utf-8").splitlines()
-    return {
-        **measured,
-        "found": measured["rows"],
-        **compare([json.loads(line) for line in lines], measured["rows"]),
-    }
+    return [json.loads(line) for line in lines]
 
 
 def test_score_computes_what_was_scored(score: Path, bundle: Path) -> None:
     told = replay([score], bundle)
     assert told["right"] + len(told["near"]) == told["rows"] == 50
     assert told["largest_difference"] < 0.05, "the same library"
-    assert told["rounds"][0]["prompt"]["tokens"] == sum(
-        len(json.loads(line)["prompt_ids"]) for line in (bundle / "conformance.jsonl").open(encoding="utf-8")
-    )  # fmt: skip
+    tokens = sum(len(row["prompt_ids"]) for row in read_rows(bundle))
+    assert told["rounds"][0]["prompt"]["tokens"] == tokens
 
 
 def test_labels_of_several_tokens_and_odd_texts(score: Path, bundle: Path, tmp_path: Path) -> None:
     """A label's score is its tokens' sum, and no text is taken for the file's own words."""
-    first = json.loads((bundle / "conformance.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    first = read_rows(bundle)[0]
     ids = [label["ids"][0] for label in first["labels"].values()]
     labels = {
         'a\\"b": {"ids": [1]': {"ids": ids, "log_probability": -1.0},
@@ -295,15 +387,133 @@ def test_wrong_rows_are_one_line(
     assert result.returncode == 2 and words in result.stderr and result.stderr.count("\n") == 1
 
 
+# ---- the programs for ARM, each on a processor that it was made for
+
+
+@pytest.fixture(scope="module")
+def emulator() -> str:
+    found = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
+    if found is None:
+        pytest.skip("needs qemu-aarch64 (Debian: qemu-user)")
+    return found
+
+
+@pytest.fixture(scope="module")
+def programs(emulator: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What build_phone makes; with POCKETTUNE_BUILD_PHONE set, made now, which takes minutes."""
+    if not os.environ.get("POCKETTUNE_BUILD_PHONE"):
+        if not PROGRAMS.exists():
+            pytest.skip("needs resources/phone: snakemake build_phone, or POCKETTUNE_BUILD_PHONE=1")
+        return PROGRAMS
+    folder = tmp_path_factory.mktemp("built") / "phone"
+    result = run_program("build_phone.py", "--version", RELEASE, "--downloads", ARCHIVE.parent,
+                         "--threads", "2", "--output", folder)  # fmt: skip
+    assert result.returncode == 0, result.stdout[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module", params=["Q4_0", "IQ4_NL"])
+def four_bits(
+    request: pytest.FixtureRequest, bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The bundle's rows beside the small run's model in 4 bits, as llama.cpp scores it here."""
+    folder = tmp_path_factory.mktemp(request.param)
+    recipe = {"type": request.param, "pure": False}
+    quantize_model(recipe, bundle.parent / "f16.gguf", 1, folder / "model.gguf")
+    rows = read_rows(bundle)
+    with LlamaModel(folder / "model.gguf", 1) as model:
+        for row, logits in zip(rows, model.next_token_logits([row["prompt_ids"] for row in rows]), strict=True):  # fmt: skip
+            scores = logits - np.logaddexp.reduce(logits.astype(np.float64))
+            for label in row["labels"].values():
+                label["log_probability"] = float(scores[label["ids"][0]])
+            row["answer"] = max(row["labels"], key=lambda w: row["labels"][w]["log_probability"])
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    (folder / "conformance.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
 @pytest.mark.parametrize(
     ("name", "processor"),
-    [("armv8-a", "cortex-a53"), ("armv8-a", "max"), ("dotprod", "cortex-a76"), ("dotprod", "max"), ("i8mm", "max")],
-)  # fmt: skip
-def test_programs_score_under_emulation(name: str, processor: str, bundle: Path) -> None:
-    emulator = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
-    if emulator is None or not PROGRAMS.exists():
-        pytest.skip("needs qemu-aarch64 and resources/phone: snakemake build_phone")
-    told = replay([emulator, "-cpu", processor, PROGRAMS / f"score-{name}"], bundle)
-    assert told["right"] + len(told["near"]) == told["rows"]
-    assert told["largest_difference"] < 0.1
+    [("armv8-a", "cortex-a53"), ("dotprod", "cortex-a76"), ("i8mm", "max")],
+)
+def test_programs_score_under_emulation(
+    name: str, processor: str, emulator: str, programs: Path, four_bits: Path
+) -> None:
+    told = replay([emulator, "-cpu", processor, programs / f"score-{name}"], four_bits, rounds=0)
+    assert told["right"] + len(told["near"]) == told["rows"] == 50
+    assert told["largest_difference"] < 0.02
     assert (told["repacked_mib"] > 0) == (name != "armv8-a")
+
+
+@pytest.mark.parametrize("four_bits", ["Q4_0"], indirect=True)  # i8mm has no kernel for IQ4_NL
+@pytest.mark.parametrize(("name", "processor"), [("dotprod", "cortex-a53"), ("i8mm", "cortex-a76")])
+def test_program_of_a_newer_processor_dies(
+    name: str, processor: str, emulator: str, programs: Path, four_bits: Path
+) -> None:
+    """So /proc/cpuinfo must be asked."""
+    program, model = programs / f"score-{name}", four_bits / "model.gguf"
+    files: list[str | Path] = [program, model, four_bits / "conformance.jsonl"]
+    command = [emulator, "-cpu", processor, *files, "1", "0"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == -signal.SIGILL
+
+
+def test_words_of_the_programs_rebuild_them_and_no_run_does(finished_run: Path) -> None:
+    target = ("--configfile", "runs/other.yaml", "--", "build_phone")
+    resources, run = finished_run / "resources", finished_run / "runs/other.yaml"
+    (resources / "phone").mkdir()
+    for name in ("phone.sha256", "phone.tsv"):
+        (resources / name).write_text("x")
+    shutil.copyfile(finished_run / "runs/small.yaml", run)
+    assert run_snakemake(finished_run, "--touch", *target).returncode == 0
+    assert planned(finished_run, *target) == {}
+    other = {"pathvars": {"results": "results/other"}, "train": {"rank": 4}}
+    edit_config(lambda config: config.update(other), "runs/other.yaml")(finished_run)
+    assert planned(finished_run, *target) == {}, "one for all runs"
+    for name in ("score.cpp", "rows.h", "meters.h", "compiling.py"):
+        path = finished_run / "scripts/pockettune/phone" / name
+        before = path.read_bytes()
+        path.write_bytes(before + b"\n")
+        assert planned(finished_run, *target) == {"build_phone": 1}, name
+        path.write_bytes(before)
+        assert run_snakemake(finished_run, "--touch", *target).returncode == 0
+    run.unlink()
+    shutil.rmtree(resources / "phone")
+    for name in ("phone.sha256", "phone.tsv"):
+        (resources / name).unlink()
+
+
+ZIG = """#!/bin/sh
+echo "$@" >> "$LOG"
+case "$*" in *broken.c*) echo "note: x" >&2; echo "broken.c:1: error: no such thing" >&2; exit 1;; esac
+while [ "$1" != -o ]; do shift; done
+echo made > "$2"
+"""
+
+
+def test_kernels_alone_are_compiled_for_each_processor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, work = tmp_path / "source", tmp_path / "work"
+    for file in ("src/llama.cpp", "src/models/a.cpp", "ggml/src/ggml.c", "ggml/src/ggml-cpu/quants.c",
+                 "ggml/src/ggml-cpu/arch/arm/quants.c", "score.cpp"):  # fmt: skip
+        (source / file).parent.mkdir(parents=True, exist_ok=True)
+        (source / file).touch()
+    zig = tmp_path / "zig"
+    zig.write_text(ZIG)
+    zig.chmod(0o755)
+    monkeypatch.setenv("LOG", str(tmp_path / "log"))
+    arguments = (zig, source, source / "score.cpp", work, tmp_path, 1, RELEASE)
+    compile_programs(*arguments)
+    calls = (tmp_path / "log").read_text().splitlines()
+    for name, processor in PROCESSORS.items():
+        assert (tmp_path / f"score-{name}").read_text() == "made\n"
+        compiled = [call for call in calls if f"-mcpu={processor} -O3" in call]
+        assert len(compiled) == 2 and all("quants.c" in call for call in compiled)
+        (linked,) = [call for call in calls if call.endswith(f"-o {tmp_path}/score-{name}")]
+        objects = re.findall(r"\S+\.o\b", linked)
+        assert len(objects) == len(set(objects)) == 4 + 2, "no two of one name"
+    assert sum("-O1" in call for call in calls) == 4, "the rest once"
+    (source / "ggml/src/broken.c").touch()
+    with pytest.raises(UserError, match=r"could not compile broken.c: broken.c:1: error: no such thing"):  # fmt: skip
+        compile_programs(*arguments)

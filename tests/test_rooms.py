@@ -8,7 +8,7 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "scripts/pockettune"
 # From the floor up. What the rules use (workflow) knows nothing of models.
-LAYERS = ("common", "tasks", "data", "sources", "models", "gguf", "runtimes", "evaluation", "training",
+LAYERS = ("common", "tasks", "data", "sources", "models", "gguf", "litert", "runtimes", "evaluation", "training",
           "parity", "phone")  # fmt: skip
 ABOVE_COMMON = ("workflow",)
 # What looks at a machine before a run asks all of them; none of them knows of it.

@@ -125,7 +125,7 @@ def write_run(folder: Path, stages: dict[str, Any], samples: list[dict[str, Any]
     (folder / "train.tsv").write_text("s\tmax_rss\n1.5\t100.0\n")
     return Namespace(
         metrics=folder / "metrics.json", flips=folder / "flips.json", samples=folder / "samples.json",
-        parity=folder / "parity.json", speed=sorted((folder / "speed").glob("*.json")),
+        parity=folder / "parity.json", format_parity=[], speed=sorted((folder / "speed").glob("*.json")),
         audit=folder / "audit.json", vocabulary=None, tokens=folder / "tokens",
         adapter=folder / "adapter", base=folder / "base", benchmarks=[folder / "train.tsv"],
     )  # fmt: skip
@@ -277,7 +277,11 @@ def test_leaderboard_names_the_metric() -> None:
            "f16_score": 0.75, "size_bytes": 1, "prompt_rate": 1.0}  # fmt: skip
     metric = common_metric([row])
     table = as_table(group_seeds([row]), metric)
-    assert [table.loc[0, name] for name in ("micro_f1", "f16_micro_f1", "mean_micro_f1")] == [0.5, 0.75, 0.5]
+    assert [table.loc[0, name] for name in ("micro_f1", "f16_micro_f1", "mean_micro_f1")] == [
+        0.5,
+        0.75,
+        0.5,
+    ]
     assert not {"score", "metric", "accuracy"} & set(table)
     with pytest.raises(UserError, match="accuracy and micro_f1, and cannot be put into one order"):
         common_metric([row, {**row, "metric": "accuracy"}])

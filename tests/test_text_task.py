@@ -120,9 +120,11 @@ def test_a_change_reruns_what_depends_on_it(text_run: Path) -> None:
     assert reruns(text_run, train={"metric": "macro_f1"}) == set()
     assert reruns(text_run, evaluate={"margin": 0.01}) == {"compare", "report"}
     assert reruns(text_run, evaluate={"greedy_rows": 10}) == {"evaluate_base", *scored}
-    anew = reruns(text_run, task={"prompt": "{text}\n"})
-    assert {"tokenize", "train", "convert", "evaluate_base", *scored} <= anew
-    assert "fetch_dataset" not in anew
+    for changed in ({"prompt": "{text}\n"}, {"max_answer_tokens": 5}):
+        anew = reruns(text_run, task=changed)
+        assert {"tokenize", "train", "convert", "evaluate_base", *scored} <= anew
+        assert "fetch_dataset" not in anew
+    assert {"fetch_dataset", "tokenize"} <= reruns(text_run, task={"no_answer": "没有"})
 
 
 def test_keys_that_go_by_labels_are_refused(text_run: Path) -> None:
@@ -139,3 +141,13 @@ def test_keys_that_go_by_labels_are_refused(text_run: Path) -> None:
         "train.class_weights: balanced, model.keep_layers.choose: auto: made for labels"
         in result.stdout
     )
+
+
+@pytest.mark.parametrize("name", ["entities", "answer", "chat"])
+def test_run_file_of_a_task_can_be_planned(name: str, text_run: Path) -> None:
+    run = yaml.safe_load((text_run / f"runs/{name}.yaml").read_text())
+    for path in run["dataset"]["files"].values():
+        (text_run / path).parent.mkdir(parents=True, exist_ok=True)
+        (text_run / path).write_text("{}\n")
+    jobs = planned(text_run, "--configfile", f"runs/{name}.yaml")
+    assert jobs["train"] == jobs["evaluate_f16"] == 1 and "evaluate_tfidf" not in jobs

@@ -1,13 +1,19 @@
 """Bundles and apps of tasks of text, of the small run's model: its answers are no good, which none of them minds."""
 
 import json
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 from conftest import CONVERTER, ROOT, run_program
+from evaluate_gguf import open_gguf
+from make_app import make_app
+from make_bundle import make_bundle
+from pockettune.common import program
 from pockettune.data.records import write_records
-from pockettune.tasks import load_task
+from pockettune.evaluation.stages import evaluate
 from small_run import reviews
+from tokenize_dataset import tokenize_dataset
 
 ROWS = 24
 TASKS: dict[str, dict[str, Any]] = {
@@ -60,34 +66,41 @@ def make_records(kind: str) -> list[dict[str, Any]]:
 def make_text_bundle(model: Path, folder: Path, kind: str) -> Path:
     """Make F16 of a model as the file of a task of text, have it answer, and return its bundle."""
     settings = settings_of(kind)
-    load_task(settings["task"], settings["dataset"])
-    told = json.dumps(settings)
     records, tokens, gguf = folder / "test.jsonl", folder / "tokens", folder / "f16.gguf"
+    metrics, predictions = folder / "f16.json", folder / "f16.parquet"
     write_records(records, make_records(kind))
     (folder / "card.md").write_text("card")
-    steps = {
-        "tokenize_dataset.py": ("--model", model, "--train", records, "--validation", records, "--test", records,
-                                "--output", tokens),
-        "convert_model.py": ("--model", model, "--converter", CONVERTER, "--output", gguf),
-        "evaluate_gguf.py": ("--model", gguf, "--tokens", tokens, "--records", records, "--threads", "2",
-                             "--metrics", folder / "f16.json", "--predictions", folder / "f16.parquet"),
-        "make_bundle.py": ("--model", model, "--tokens", tokens, "--records", records, "--gguf", gguf,
-                           "--predictions", folder / "f16.parquet", "--metrics", folder / "f16.json", "--threads", "2",
-                           "--card", folder / "card.md", "--page", ROOT / "report/bundle.md.j2",
-                           "--output", folder / "bundle"),
-    }  # fmt: skip
-    for name, arguments in steps.items():
-        result = run_program(name, "--settings", told, *arguments)
-        assert result.returncode == 0, result.stdout[-3000:]
+    tokenize_dataset(settings, model, {"test": records}, tokens)
+    # In a process of its own: the converter has a gguf package of its own.
+    told = ("--model", model, "--converter", CONVERTER, "--settings", json.dumps(settings))
+    result = run_program("convert_model.py", *told, "--output", gguf)
+    assert result.returncode == 0, result.stdout[-3000:]
+    common: dict[str, Any] = {
+        "settings": settings,
+        "tokens": tokens,
+        "records": records,
+        "threads": 2,
+    }
+    evaluate(
+        Namespace(**common, model=gguf, reference=None, metrics=metrics, predictions=predictions),
+        open_gguf,
+    )
+    program.write_json(metrics, {"stages": {"f16": program.read_json(metrics)}})
+    page = ROOT / "report/bundle.md.j2"
+    make_bundle(
+        Namespace(**common, model=model, gguf=gguf, predictions=[predictions], metrics=metrics,
+                  card=folder / "card.md", page=page, output=folder / "bundle")
+    )  # fmt: skip
     return folder / "bundle"
 
 
 def make_text_app(folder: Path, kind: str, wllama: Path) -> Path:
     """Make the app of the bundle in a folder."""
     page = [path for path in sorted((ROOT / "app").iterdir()) if path.is_file()]
-    result = run_program(
-        "make_app.py", "--settings", json.dumps(settings_of(kind)), "--bundle", folder / "bundle",
-        "--tokens", folder / "tokens", "--wllama", wllama, "--page", *page, "--output", folder / "app",
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout[-3000:]
+    names = {name: folder / name for name in ("bundle", "tokens")}
+    make_app(
+        Namespace(
+            settings=settings_of(kind), **names, wllama=wllama, page=page, output=folder / "app"
+        )
+    )
     return folder / "app"

@@ -118,15 +118,6 @@ def begin_with(start: list[int], ids: list[int]) -> list[int]:
     return ids if ids[: len(start)] == start else [*start, *ids]
 
 
-def encode_answer(tokenizer: "PreTrainedTokenizerBase", answer: str) -> list[int]:
-    """Return the ids of an answer as a model writes it after the prompt, ending its turn.
-
-    Encoded apart from the prompt, because that is how it is generated: token after token behind
-    a prompt whose ids are fixed.
-    """
-    return [*encode_plain(tokenizer, answer), end_of_answer(tokenizer)]
-
-
 def refuse_equal_answers(answer_ids: Mapping[str, list[int]]) -> None:
     """Raise UserError naming the words that the tokenizer writes with the same ids."""
     words: dict[tuple[int, ...], list[str]] = {}
@@ -146,13 +137,14 @@ class ExampleMaker:
         self.tokenizer, self.task, self.max_length = tokenizer, task, max_length
         check_options(tokenizer, task.template_options)
         self.text = as_text_task(task)
-        self.answer_ids = {word: encode_answer(tokenizer, word) for word in task.constrain()}
+        self.end = end_of_answer(tokenizer)  # asked once: it reads the whole vocabulary
+        self.answer_ids = {word: self._encode_answer(word) for word in task.constrain()}
         refuse_equal_answers(self.answer_ids)
         # The longest answer counts, not the record's own: a cut must not give the answer away.
         lengths = map(len, self.answer_ids.values())
         self.longest = self.text.max_answer_tokens + 1 if self.text else max(lengths)
         # Where generation must stop: a base model may write either.
-        self.ends = sorted({end_of_answer(tokenizer), tokenizer.eos_token_id})
+        self.ends = sorted({self.end, tokenizer.eos_token_id})
         self.bos = added_bos(tokenizer)
         self.control_pattern = starts_pattern(control_tokens(tokenizer))
 
@@ -174,6 +166,14 @@ class ExampleMaker:
             for _, of_record in groupby(examples, key=lambda example: example.record):
                 yield from number(join_turns(of_record))
 
+    def _encode_answer(self, answer: str) -> list[int]:
+        """Return the ids of an answer as a model writes it after the prompt, ending its turn.
+
+        Encoded apart from the prompt, because that is how it is generated: token after token behind
+        a prompt whose ids are fixed.
+        """
+        return [*encode_plain(self.tokenizer, answer), self.end]
+
     def _ask(self, record: Record) -> list[Record]:
         """Return the questions about a record, without control tokens in its texts."""
         safe = self.task.clean(record, self.defuse)
@@ -194,7 +194,7 @@ class ExampleMaker:
         answer = self.task.answer(fitted) if labelled else ""
         if self.text:
             told = json.dumps(self.text.reference(record), ensure_ascii=False) if labelled else ""
-            answer_ids = encode_answer(self.tokenizer, answer)[: self.longest] if labelled else []
+            answer_ids = self._encode_answer(answer)[: self.longest] if labelled else []
         else:
             told, answer_ids = answer, self.answer_ids[answer] if labelled else []
         return Example(

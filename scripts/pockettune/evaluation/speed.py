@@ -10,35 +10,39 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 PROMPT_TOKENS, GENERATED_TOKENS, REPETITIONS = 512, 32, 3
-PROMPT = [token % 100 for token in range(PROMPT_TOKENS)]
 
 
 def measure_rates(
-    read: Callable[[Sequence[int]], object], write: Callable[[int, int], object]
+    read: Callable[[Sequence[int]], object],
+    write: Callable[[int, int], object],
+    prompt_tokens: int = PROMPT_TOKENS,
 ) -> dict[str, Any]:
     """Return {"prompt", "generation"}: {"tokens", "mean", "deviation"} in tokens a second.
 
     `read` takes a prompt into an empty context, `write` the token at a position behind it.
     """
-    rates = [time_once(read, write) for _ in range(1 + REPETITIONS)][1:]
+    given = [token % 100 for token in range(prompt_tokens)]
+    rates = [time_once(read, write, given) for _ in range(1 + REPETITIONS)][1:]
     prompt, generation = zip(*rates, strict=True)
     return {
-        "prompt": describe(PROMPT_TOKENS, prompt),
+        "prompt": describe(prompt_tokens, prompt),
         "generation": describe(GENERATED_TOKENS, generation),
     }
 
 
 def time_once(
-    read: Callable[[Sequence[int]], object], write: Callable[[int, int], object]
+    read: Callable[[Sequence[int]], object],
+    write: Callable[[int, int], object],
+    prompt: Sequence[int],
 ) -> tuple[float, float]:
     """Return the rates of a prompt and of what is generated behind it."""
     started = time.perf_counter()
-    read(PROMPT)
+    read(prompt)
     middle = time.perf_counter()
     for number in range(GENERATED_TOKENS):
-        write(number, PROMPT_TOKENS + number)
+        write(number, len(prompt) + number)
     end = time.perf_counter()
-    return PROMPT_TOKENS / (middle - started), GENERATED_TOKENS / (end - middle)
+    return len(prompt) / (middle - started), GENERATED_TOKENS / (end - middle)
 
 
 def describe(tokens: int, rates: tuple[float, ...]) -> dict[str, float]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pockettune.common.disk import used_bytes
-from pockettune.common.formats import FOREIGN, GGUF, file_name, float_rung, variants_of
+from pockettune.common.formats import FOREIGN, GGUF, LITERT, file_name, float_rung, variants_of
 from pockettune.machine.exported import file_bytes, float_bytes
 from pockettune.machine.quantized import tensor_bytes
 from pockettune.machine.rows import Rows
@@ -35,6 +35,12 @@ KERNELS = 0.75e9
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 SHARD = 2e9  # bytes that merging gathers before it writes them, as in models/merging
 BESIDE = 1.5e9  # what computing in fp32 takes besides weights, as in runtimes/exact
+LITERT_PROGRAMS = (
+    "export (LiteRT)",
+    "check_parity (LiteRT)",
+    "quantize (LiteRT)",
+    "evaluate (LiteRT)",
+)
 SPARE = 1.25  # of a job's request: an estimate is within a fifth
 ADAM = 4 * 4  # bytes a trainable parameter: itself, its gradient and two moments, in fp32
 
@@ -163,6 +169,8 @@ def memory_items(
     )
     sizes = _memory_sizes(run.settings, shape, rows, device, precision, free) if shape else ()
     known = dict(sizes)
+    if variants_of(run.settings["quantize"], LITERT):
+        names += LITERT_PROGRAMS
     if run.settings["train"]["adapter"]:
         names = tuple(name for name in names if name != "train")
     return {name: round(known[name]) if name in known else None for name in names}
@@ -199,6 +207,13 @@ def _memory_sizes(
     yield "quantize", 60e6 + f16
     yield "evaluate (PyTorch)", SCORING + exact
     yield "evaluate (llama.cpp)", LLAMA + f16
+    whole = float_bytes(shape)
+    # The traced graphs and MLIR's hold the weights again and again; fitted at 1.3 and 135 million parameters.
+    yield "export (LiteRT)", 0.75e9 + 5 * whole
+    # XNNPACK packs the weights of each graph anew.
+    yield "check_parity (LiteRT)", SCORING + max(3 * whole, exact)
+    yield "quantize (LiteRT)", 0.12e9 + 1.7 * whole
+    yield "evaluate (LiteRT)", SCORING + 3 * whole
 
 
 def training_bytes(

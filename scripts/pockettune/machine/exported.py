@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from pockettune.common.formats import GGUF, ONNX
+from pockettune.common.formats import GGUF, LITERT, ONNX
 from pockettune.machine.quantized import tensor_bytes
 from pockettune.machine.shape import Shape
 
@@ -21,7 +21,9 @@ def file_bytes(shape: Shape, recipe: Mapping[str, Any]) -> int | None:
     kind = recipe.get("format", GGUF)
     if kind == GGUF:
         return tensor_bytes(shape, recipe)
-    return onnx_bytes(shape, recipe) if kind == ONNX else None
+    if kind == ONNX:
+        return onnx_bytes(shape, recipe)
+    return litert_bytes(shape, recipe) if kind == LITERT else None
 
 
 def onnx_bytes(shape: Shape, recipe: Mapping[str, Any]) -> int:
@@ -39,6 +41,22 @@ def onnx_bytes(shape: Shape, recipe: Mapping[str, Any]) -> int:
     embedding = shape.find("embed_tokens")
     if recipe["type"] == "int8" and embedding and shape.find("lm_head") is None:
         total += bits * embedding.elements
+    return round(total / 8)
+
+
+def litert_bytes(shape: Shape, recipe: Mapping[str, Any]) -> int:
+    """Return the bytes of a .tflite file's weights (ai-edge-quantizer 0.10.0): int8 in rows, int4 in blocks of 32."""
+    total = 0.0
+    for tensor in shape.tensors:
+        if len(tensor.shape) < 2:
+            total += 32 * tensor.elements
+        elif recipe["type"] == "dynamic_wi4b32_afp32" and tensor.name not in (
+            "embed_tokens",
+            "lm_head",
+        ):
+            total += (4 + 16 / 32) * tensor.elements
+        else:
+            total += 8 * tensor.elements + SCALE * tensor.shape[0]
     return round(total / 8)
 
 

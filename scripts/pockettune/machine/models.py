@@ -1,7 +1,7 @@
 """The base model, where it is here already, and whether llama.cpp's converter will know its tokenizer."""
 
 from pockettune.common.errors import UserError, list_faults
-from pockettune.common.formats import GGUF
+from pockettune.common.formats import GGUF, LARGEST_TFLITE, LITERT, variants_of
 from pockettune.gguf.recipes import REMEDY
 from pockettune.machine.findings import Finding, judge
 from pockettune.machine.hardware import LATE
@@ -72,6 +72,17 @@ def check_recipes(run: Run) -> list[Finding]:
         for variant, recipe in run.settings["quantize"].items()
         if recipe.get("format", GGUF) == GGUF and (found := misfits(shape, recipe))
     ]
+    litert = variants_of(run.settings["quantize"], LITERT)
+    if litert and 4 * shape.parameters > LARGEST_TFLITE:
+        return [
+            Finding(
+                "recipes",
+                "problem",
+                f"quantize.{litert[0]}: a .tflite file holds {LARGEST_TFLITE / 1e9:.2f} GB, the model takes"
+                f" {4 * shape.parameters / 1e9:.2f} in fp32, in which it is exported first",
+                "vocabulary.keep: task, model.keep_layers, or the formats gguf and onnx",
+            )
+        ]
     return [
         judge(
             "recipes",

@@ -41,6 +41,8 @@ CAUSES = {
     "logits": "cause: weights differ, such as a layer left out, doubled or swapped, or an operator that"
     " computes otherwise; remedy: remove the export and run again; if it stays so, take format gguf",
     "vectors": "cause: weights stand in another layer's place; remedy: remove the export and run again",
+    "tensors": "cause: the export is of another model folder, or mixed up its matrices; remedy: remove the export"
+    " and run again",
     "answers": "cause: the app's own runtime asks or stops otherwise; remedy: see token_ids, stop_tokens and"
     " logits",
 }
@@ -117,7 +119,7 @@ def conversations(
     of_task = settings["card"]["template"] == "task"
     if not of_task and task.template_options:
         return []
-    asked: list[tuple[list[dict[str, str]], str]] = []
+    asked: list[tuple[Sequence[dict[str, str]], str]] = []
     for example in examples:
         record = dict(records[example.id])
         if example.cut or (example.defused and not of_task):
@@ -154,12 +156,12 @@ def check_logits(found: np.ndarray, merged: np.ndarray, answers: Sequence[int]) 
                        likeliest_equal=equal)  # fmt: skip
 
 
-def check_answers(found: Sequence[list[int]], expected: Sequence[list[int]]) -> Result:
-    """Compare the answers that the app's own runtime writes greedily with PyTorch's."""
+def check_answers(found: Sequence[Any], expected: Sequence[Any]) -> Result:
+    """Compare the answers that the app's own runtime writes greedily with PyTorch's, as ids or as texts."""
     apart = [i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b]
     faults = (
         [
-            f"{len(apart)} of {len(found)} answers differ: {found[apart[0]]}, not {expected[apart[0]]}"
+            f"{len(apart)} of {len(found)} answers differ: {found[apart[0]]!r}, not {expected[apart[0]]!r}"
         ]
         if apart
         else []

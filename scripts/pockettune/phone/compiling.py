@@ -24,7 +24,7 @@ PROCESSORS = {
 }
 
 FLAGS = ["-target", "aarch64-linux-musl", "-DNDEBUG", "-fno-sanitize=undefined", "-w",
-         "-D_GNU_SOURCE", "-D_XOPEN_SOURCE=600", "-DGGML_SCHED_MAX_COPIES=4"]  # fmt: skip
+         "-D_GNU_SOURCE", "-D_XOPEN_SOURCE=600", "-DGGML_SCHED_MAX_COPIES=4", "-DGGML_USE_CPU"]  # fmt: skip
 INCLUDE = ["include", "ggml/include", "ggml/src", "ggml/src/ggml-cpu", "src", "src/models"]
 # What only sets the kernels to work need not be fast, and compiles in half the time so.
 CORE_FLAGS = ["-O1"]

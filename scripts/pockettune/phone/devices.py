@@ -21,6 +21,8 @@ HOW_TO = """no device is to be seen. For an Android phone:
 For a Raspberry Pi or another 64-bit ARM board that ssh reaches without a password: make phone HOST=user@host"""
 
 ANSWER_SECONDS = 60  # for a command that computes nothing
+# No question asked, and a board that lost its power is not waited for.
+SSH_OPTIONS = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=15")
 SIGILL = 132  # how a shell tells of an instruction that the processor has not
 
 
@@ -34,7 +36,8 @@ class Device:
 
     def run(self, command: str, seconds: float | None = ANSWER_SECONDS) -> str:
         """Return what the command printed. UserError where it fails or the device went away."""
-        return self._run([*self.client, command], command.split()[0], seconds, None)
+        name = command.rpartition("&& ")[2].split()[0]
+        return self._run([*self.client, command], name, seconds, None)
 
     def put(self, source: Path, name: str) -> str:
         """Copy a file into the folder, unless the same is there; it is there whole or not at all.
@@ -82,12 +85,22 @@ class Device:
                 f"{self.name}: the processor has not what /proc/cpuinfo says of it: Illegal instruction"
             )
         if result.returncode:
-            said = result.stderr.decode("utf-8", "replace").strip().splitlines()[-1:]
+            said = _reason(result)
             raise UserError(
-                f"{self.name}: {what} failed ({(said or ['exit status ' + str(result.returncode)])[0]});"
-                " connect it again, see that it is awake and has room, and run again"
+                f"{self.name}: {what} failed ({said}); connect it again, see that it is awake and"
+                " has room, and run again"
             )
         return result.stdout.decode("utf-8", "replace")
+
+
+def _reason(result: subprocess.CompletedProcess[bytes]) -> str:
+    """Return why a client failed: adb push tells it on stdout, with a count of files below."""
+    errors, output = (
+        [line.strip() for line in stream.decode("utf-8", "replace").splitlines() if line.strip()]
+        for stream in (result.stderr, result.stdout)
+    )
+    told = (line for line in [*errors, *output] if line.startswith(("adb: error: ", "error: ")))
+    return next(told, errors[-1] if errors else f"exit status {result.returncode}")
 
 
 def find_device(host: str | None, serial: str | None) -> Device:
@@ -98,8 +111,7 @@ def find_device(host: str | None, serial: str | None) -> Device:
     if host:
         if host.startswith("-"):
             raise UserError(f"--host {host}: not user@host")
-        options = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
-        board = Device(host, ("ssh", *options, host), ".cache/pockettune")
+        board = Device(host, ("ssh", *SSH_OPTIONS, host), ".cache/pockettune")
         board.run("true")
         return board
     states = _adb_devices()

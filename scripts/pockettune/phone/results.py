@@ -16,7 +16,8 @@ def summarize(printed: str) -> dict[str, Any]:
         rounds = measured["rounds"]
     except (ValueError, KeyError) as error:
         raise UserError(
-            "the device's program ended before its last word: too little memory? run again"
+            "the device's program ended before its last word: was the device lost, or its memory too"
+            " little? connect it again, and run again"
         ) from error
 
     def middle(phase: str, value: str) -> float | None:

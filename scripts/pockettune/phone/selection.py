@@ -4,8 +4,13 @@ import re
 
 from pockettune.common.errors import UserError
 
-# What /proc/cpuinfo must name for it, the fastest first.
-NEEDED = {"i8mm": {"asimddp", "i8mm"}, "dotprod": {"asimddp"}, "armv8-a": set[str]()}
+# What /proc/cpuinfo must name for it, the fastest first. asimdhp are the half floats that ggml takes where
+# it is compiled with dot products.
+NEEDED = {
+    "i8mm": {"asimdhp", "asimddp", "i8mm"},
+    "dotprod": {"asimdhp", "asimddp"},
+    "armv8-a": set[str](),
+}
 
 
 def choose_program(machine: str, cpuinfo: str) -> str:

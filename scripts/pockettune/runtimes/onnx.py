@@ -105,10 +105,7 @@ class OnnxTokenizer:
     """The tokenizer with which onnxruntime-genai reads a folder on a phone; not Hugging Face's."""
 
     def __init__(self, folder: Path) -> None:
-        use_extra("onnx")
-        import onnxruntime_genai
-
-        self.tokenizer = onnxruntime_genai.Tokenizer(str(folder))
+        self.tokenizer = import_genai().Tokenizer(str(folder))
 
     def tokenize(self, text: str) -> list[int]:
         """Return the ids of a rendered prompt; special tokens written in it count as such."""
@@ -128,6 +125,15 @@ class OnnxTokenizer:
     def as_text(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens."""
         return str(self.tokenizer.decode(np.array(tokens, np.int32)))
+
+
+def import_genai() -> Any:
+    """Return the package onnxruntime_genai, which then sends nothing to anyone."""
+    use_extra("onnx")
+    import onnxruntime_genai
+
+    onnxruntime_genai.disable_telemetry_events()
+    return onnxruntime_genai
 
 
 def answer_greedily(

@@ -1,0 +1,288 @@
+"""Tasks of text on real data: entities, questions, conversations, from the base to the smallest file.
+
+    python benchmarks/tasks.py data     # writes the rows into benchmarks/scratch/tasks/
+    python benchmarks/tasks.py runs     # makes the runs of benchmarks/tasks/
+    python benchmarks/tasks.py check    # scores the same predictions by seqeval and CMRC 2018's script
+    python benchmarks/tasks.py page     # writes benchmarks/tasks.md of those that are finished
+
+Put or link into benchmarks/scratch/ first: tasks/weibo_ner/ (train, dev, test.json: a text's characters and their
+BIO labels a line), tasks/cmrc2018/ (dev.json, trial.json in SQuAD's layout, and cmrc2018_evaluate.py of its folder
+squad-style-data, made to run on Python 3), chnsenticorp/ as published, small/gemma-3-270m-q4_k_m.gguf as
+benchmarks/small.py says, and reviews-12m/, the base of benchmarks/chnsenticorp.md. check needs `pip install seqeval`.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from common import ROOT, WORK, machine, program, write_page
+from pockettune.evaluation.verdict import say
+from small import read_reviews
+
+FOLDER = WORK / "tasks"
+RESULTS = ROOT / "results/tasks"
+CHECKED = FOLDER / "checked.json"
+SEED = 11
+RUNS = {
+    "weibo-gemma": "Entities of Weibo NER, Gemma 3 270M",
+    "weibo-12m": "Entities of Weibo NER, the base of 12.6 M parameters",
+    "cmrc-gemma": "Questions of CMRC 2018, Gemma 3 270M",
+    "cmrc-12m": "Questions of CMRC 2018, the base of 12.6 M parameters",
+    "chat-12m": "Conversations, the base of 12.6 M parameters",
+}
+
+Paragraph = dict[str, Any]
+
+
+def read_paragraphs(name: str) -> list[Paragraph]:
+    """Return the texts of a file of CMRC 2018 with their questions, in an order drawn once."""
+    articles = program.read_json(FOLDER / f"cmrc2018/{name}.json")["data"]
+    paragraphs = [paragraph for article in articles for paragraph in article["paragraphs"]]
+    order = np.random.default_rng(SEED).permutation(len(paragraphs))
+    return [paragraphs[place] for place in order]
+
+
+def take_questions(paragraphs: Iterator[Paragraph], count: int) -> list[Paragraph]:
+    """Return the next texts that hold `count` questions, of the last no more than are wanted."""
+    taken: list[Paragraph] = []
+    while count:
+        paragraph = next(paragraphs)
+        questions = paragraph["qas"][:count]
+        taken.append({**paragraph, "qas": questions})
+        count -= len(questions)
+    return taken
+
+
+def write_questions() -> None:
+    """Write questions to learn, choose by and score, no text in two of them: short texts, and all."""
+    for kind, longest, count in (("short", 350, 280), ("all", 10_000, 600)):
+        dev, trial = (
+            iter([p for p in read_paragraphs(name) if len(p["context"]) <= longest])
+            for name in ("dev", "trial")
+        )
+        splits = {
+            "test": take_questions(dev, 300),
+            "train": take_questions(dev, count),
+            "validation": take_questions(trial, 60),
+        }
+        for split, paragraphs in splits.items():
+            data = {"version": "v1.0", "data": [{"paragraphs": [p]} for p in paragraphs]}
+            program.write_json(FOLDER / f"cmrc-{kind}-{split}.json", data)
+
+
+def write_conversations() -> None:
+    """Write 2,000 conversations of three turns: a review is gone on with twice, then judged."""
+    table = read_reviews("train").drop_duplicates("text_a").sample(frac=1, random_state=SEED)
+    lines = []
+    for text, label in zip(table["text_a"], table["label"], strict=True):
+        first, second, third, *_ = [*re.findall(r"[^。！？!?]{4,40}[。！？!?]", text), "", "", ""]
+        if not third:
+            continue
+        turns = [
+            f"接着写这条评论，只写一句：{first}", second, "再写一句。", third,
+            "这是好评还是差评？", "好评。" if label else "差评。",
+        ]  # fmt: skip
+        roles = ("user", "assistant") * 3
+        messages = [{"role": r, "content": t.strip()} for r, t in zip(roles, turns, strict=True)]
+        lines.append(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+    assert len(lines) >= 2000, len(lines)
+    (FOLDER / "conversations.jsonl").write_text("".join(lines[:2000]), encoding="utf-8")
+
+
+def run_all() -> None:
+    """Make every run, one after another; what is here already is not made again."""
+    for name in RUNS:
+        command = f"-m snakemake --configfile benchmarks/tasks/{name}.yaml --cores all results/tasks/{name}/metrics.json"
+        subprocess.run([sys.executable, *command.split()], cwd=ROOT, check=True)
+
+
+def finished() -> dict[str, dict[str, Any]]:
+    """Return the stages of every run that came to its end, by the run's name."""
+    paths = {name: RESULTS / name / "metrics.json" for name in RUNS}
+    return {
+        name: program.read_json(path)["stages"] for name, path in paths.items() if path.is_file()
+    }
+
+
+def label_characters(entities: Sequence[Sequence[Any]], length: int) -> list[str]:
+    """Return the BIO labels of a text of `length` characters; entities without a place have none."""
+    labels = ["O"] * length
+    for kind, _, start, end in entities:
+        if start >= 0:
+            labels[start:end] = [f"B-{kind}"] + [f"I-{kind}"] * (end - start - 1)
+    return labels
+
+
+def check_entities(name: str, stage: str) -> tuple[float, float]:
+    """Return micro and macro F1 of a stage's predictions as seqeval counts them."""
+    from seqeval.metrics import f1_score
+
+    table = pd.read_parquet(RESULTS / name / f"predictions/{stage}.parquet")
+    texts = pd.read_json(RESULTS / name / "dataset/test.jsonl", lines=True).set_index("id")["text"]
+    right, found = (
+        [
+            label_characters(json.loads(entities) or [], len(texts[row]))
+            for row, entities in zip(table["id"], table[column], strict=True)
+        ]
+        for column in ("reference", "prediction")
+    )
+    return tuple(float(f1_score(right, found, average=kind)) for kind in ("micro", "macro"))  # type: ignore[return-value]
+
+
+def check_questions(name: str, stage: str, kind: str) -> tuple[float, float]:
+    """Return exact match and F1 of a stage's predictions as CMRC 2018's own script counts them."""
+    table = pd.read_parquet(RESULTS / name / f"predictions/{stage}.parquet")
+    articles = program.read_json(FOLDER / f"cmrc-{kind}-test.json")["data"]
+    pairs = [(p, q) for a in articles for p in a["paragraphs"] for q in p["qas"]]
+    rows = dict(zip(table["id"], table["prediction"], strict=True))
+    answers, asked = {}, []
+    for number, (paragraph, question) in enumerate(pairs, start=1):
+        if (row := f"test-{number}") in rows:
+            answers[question["id"]] = json.loads(rows[row]) or ""
+            asked.append({"paragraphs": [{**paragraph, "qas": [question]}]})
+    files = FOLDER / "asked.json", FOLDER / "answered.json"
+    for path, content in zip(files, ({"version": "v1.0", "data": asked}, answers), strict=True):
+        program.write_json(path, content)
+    script = [sys.executable, FOLDER / "cmrc2018/cmrc2018_evaluate.py", *files]
+    told = json.loads(subprocess.run(script, check=True, capture_output=True, text=True).stdout)
+    assert int(told["TOTAL"]) == len(table) and int(told["SKIP"]) == 0, told
+    return float(told["EM"]) / 100, float(told["F1"]) / 100
+
+
+def check_all() -> None:
+    """Score the finished runs' predictions by the scripts of others and keep what they say."""
+    checked: dict[str, dict[str, tuple[float, float]]] = {}
+    for name, stages in finished().items():
+        if name.startswith("chat"):
+            continue
+        for stage, entry in stages.items():
+            if name.startswith("weibo"):
+                found, ours = check_entities(name, stage), (entry["micro_f1"], entry["macro_f1"])
+            else:
+                kind = "short" if name.endswith("gemma") else "all"
+                found, ours = (
+                    check_questions(name, stage, kind),
+                    (entry["exact_match"], entry["f1"]),
+                )
+            print(name, stage, found, ours)
+            # CMRC's script rounds to 0.001 %.
+            assert np.allclose(found, ours, atol=6e-6, rtol=0), (name, stage, found, ours)
+            checked.setdefault(name, {})[stage] = found
+    program.write_json(CHECKED, checked)
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def share(part: int, whole: int) -> str:
+    return f"{part} of {whole}"
+
+
+def describe_scores(stages: dict[str, Any]) -> list[str]:
+    """Return a table of what each stage scores, and whether a file is as good as F16."""
+    second = {"micro_f1": "macro_f1", "f1": "exact_match"}.get(stages["f16"]["metric"])
+    names = {"micro_f1": "micro F1", "f1": "F1", "token_accuracy": "token accuracy",
+             "macro_f1": "macro F1", "exact_match": "exact match"}  # fmt: skip
+    titles = [names[stages["f16"]["metric"]] + ", % (95 %)"]
+    titles += [names[second] + ", %"] if second else []
+    lines = [
+        f"| stage | size, MB | rows | {' | '.join(titles)} | perplexity | against F16 |",
+        "|---" * (5 + len(titles)) + "|",
+    ]
+    for stage, entry in stages.items():
+        low, high = entry["interval"]
+        scores = [f"{percent(entry['score'])} ({percent(low)} to {percent(high)})"]
+        scores += [percent(entry[second])] if second else []
+        verdict = say(entry["verdict"]) if "verdict" in entry else "–"
+        lines.append(
+            f"| {stage} | {entry['size_bytes'] / 1e6:.1f} | {entry['n']} | {' | '.join(scores)} |"
+            f" {entry['reading']['perplexity']:,.2f} | {verdict} |"
+        )
+    return lines
+
+
+def describe_fidelity(stages: dict[str, Any]) -> list[str]:
+    """Return a table of how far each stage is from F16, and what of its answers could be read."""
+    lines = [
+        "| stage | KL from F16, nats: mean | 99.9 % | likeliest token equal, % | answers equal to the end | the others part at token | changed alone | read, free | read, under the grammar |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for stage, entry in stages.items():
+        reading, parting, free = entry["reading"], entry.get("parting"), entry["generated"]
+        apart = ["–"] * 3
+        if divergence := reading.get("kl_vocabulary"):
+            apart = [f"{divergence['mean']:.1e}", f"{divergence['p999']:.1e}", percent(reading["likeliest_equal"])]  # fmt: skip
+        equal = share(parting["equal"], parting["rows"]) if parting else "–"
+        first = parting["first_token"] if parting else None
+        noise, held = entry["noise"], entry.get("constrained")
+        lines.append(
+            f"| {stage} | {' | '.join(apart)} | {equal} | {f'{first:g}' if first else '–'} |"
+            f" {share(noise['changed'], noise['rows'])} | {share(free['understood'], free['rows'])} |"
+            f" {share(held['understood'], held['rows']) if held else '–'} |"
+        )
+    return lines
+
+
+def describe_errors(stages: dict[str, Any]) -> list[str]:
+    """Return a table of a run of entities: the errors by kind, a row a stage."""
+    kinds = list(stages["f16"]["errors"])
+    lines = [
+        f"| stage | precision, % | recall, % | {' | '.join(k.replace('_', ' ') for k in kinds)} |",
+        "|---" * (3 + len(kinds)) + "|",
+    ]
+    for stage, entry in stages.items():
+        counts = " | ".join(str(entry["errors"][kind]) for kind in kinds)
+        lines.append(
+            f"| {stage} | {percent(entry['precision'])} | {percent(entry['recall'])} | {counts} |"
+        )
+    return lines
+
+
+def describe_check(name: str, checked: dict[str, Any]) -> str:
+    """Return what was compared with the script of others."""
+    if name.startswith("weibo"):
+        told = "seqeval's micro and macro F1 of the same predictions equal ours"
+    else:
+        told = "Exact match and F1 of CMRC 2018's own script on the same predictions equal ours"
+    return f"{told}, to its last digit, at {len(checked)} stages: {', '.join(checked)}."
+
+
+def write_tasks_page() -> None:
+    """Write benchmarks/tasks.md: what was found, by hand, and the tables that it was found in."""
+    checked = program.read_json(CHECKED) if CHECKED.is_file() else {}
+    lines = [
+        "# Tasks of text on real data", "",
+        f"Made by `python benchmarks/tasks.py`, which also makes the rows and the runs, on {machine()}.", "",
+        (ROOT / "benchmarks/tasks/found.md").read_text(encoding="utf-8"),
+    ]  # fmt: skip
+    for name, stages in finished().items():
+        lines += [f"## {RUNS[name]}", "", *describe_scores(stages), ""]
+        if name in checked:
+            lines += [describe_check(name, checked[name]), ""]
+        lines += [*describe_fidelity(stages), ""]
+        if "errors" in stages["f16"]:
+            lines += [*describe_errors(stages), ""]
+    write_page("tasks", lines[:-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("what", choices=["data", "runs", "check", "page"])
+    what = parser.parse_args().what
+    if what == "data":
+        write_questions()
+        write_conversations()
+    else:
+        {"runs": run_all, "check": check_all, "page": write_tasks_page}[what]()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""LiteRT's files (.tflite, .litertlm): making, quantizing, reading and bundling them."""

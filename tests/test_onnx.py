@@ -1,0 +1,322 @@
+"""ONNX: an honest export passes the gate, each sabotage is told by its name, rows are scored alike."""
+
+import importlib.util
+import shutil
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+
+from check_parity_onnx import check_parity_onnx
+from conftest import SMALL, run_snakemake
+from export_onnx import export_onnx, prepare
+from pockettune.common import program
+from pockettune.common.errors import UserError
+from pockettune.common.extras import INSTALLED, extra_folder, use_extra
+from pockettune.parity.exported import check_logits, check_token_ids
+from pockettune.runtimes.onnx import (
+    CHAT_TEMPLATE,
+    CONFIG,
+    MADE,
+    MODEL,
+    OnnxModel,
+    OnnxTokenizer,
+    answer_greedily,
+    check_runtime,
+    describe_folder,
+)
+from test_parity import COLUMNS, TASK, write_tokens
+from test_workflow import AFTER_EVALUATION, append, edit_run, planned
+
+HERE = (extra_folder("onnx") / INSTALLED).exists() or importlib.util.find_spec("onnxruntime_genai")
+pytestmark = pytest.mark.skipif(not HERE, reason="packages of format onnx are not here: make onnx")
+
+SETTINGS = {
+    "task": TASK,
+    "dataset": COLUMNS,
+    "tokenize": {"max_length": 128},
+    "card": {"license": "mit", "languages": ["zh"], "template": "task"},
+}
+INT4 = {"format": "onnx", "type": "int4", "block": 32, "accuracy_level": 4, "algorithm": "default"}
+PROMPTS = [[1, 5, 6, 7, 8], [1, 5, 6, 9], [1, 5, 6, 7, 8, 10, 11, 12]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the gate compares."""
+
+    model: Path
+    export: Path
+    tokens: Path
+
+    def failed(self, output: Path) -> tuple[list[str], str]:
+        """Return the names of the checks that fail, and the error; ([], "") where all pass."""
+        try:
+            check_parity_onnx(
+                Namespace(
+                    settings=SETTINGS, model=self.model, export=self.export, tokens=self.tokens,
+                    records=self.tokens / "test.jsonl", threads=1, output=output,
+                )
+            )  # fmt: skip
+        except UserError as error:
+            told = str(error).split("checks failed: ")[1].split(" | ")
+            return [part.split(":")[0] for part in told], str(error)
+        assert program.read_json(output)["passed"]
+        return [], ""
+
+
+@pytest.fixture(scope="module")
+def honest(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    folder = tmp_path_factory.mktemp("onnx")
+    export_onnx({**SETTINGS, "recipe": {"type": "fp32"}}, tiny_model, 1, folder / "onnx_float.onnx")
+    return Case(tiny_model, folder / "onnx_float.onnx", write_tokens(tiny_model, folder / "tokens"))
+
+
+@pytest.fixture(scope="module")
+def int4(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("onnx") / "int4.onnx"
+    export_onnx({**SETTINGS, "recipe": INT4}, tiny_model, 1, folder)
+    return folder
+
+
+def test_honest_export_passes_and_leaves_nothing_beside(honest: Case, tmp_path: Path) -> None:
+    assert honest.failed(tmp_path / "parity.json") == ([], "")
+    checks = program.read_json(tmp_path / "parity.json")["checks"]
+    assert [check["name"] for check in checks] == [
+        "token_ids", "stop_tokens", "vectors", "chat_template", "logits", "answers",
+    ]  # fmt: skip
+    assert next(c for c in checks if c["name"] == "logits")["largest_difference"] < 1e-4
+    left = sorted(path.name for path in honest.export.iterdir())
+    assert left == [
+        "chat_template.jinja", "genai_config.json", "model.onnx", "model.onnx.data", "pockettune.json",
+        "tokenizer.json", "tokenizer_config.json",
+    ]  # fmt: skip
+    original = (honest.model / "tokenizer.json").read_bytes()
+    assert (honest.export / "tokenizer.json").read_bytes() == original
+
+
+def edited(case: Case, folder: Path, change: Callable[[Path], object]) -> Case:
+    """Return the case with a changed copy of its export."""
+    shutil.copytree(case.export, folder / "export.onnx")
+    change(folder / "export.onnx")
+    return replace(case, export=folder / "export.onnx")
+
+
+def change_json(name: str, **values: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        told = program.read_json(folder / name)
+        told["model"] |= values
+        program.write_json(folder / name, told)
+
+    return change
+
+
+def change_template(folder: Path) -> None:
+    path = folder / CHAT_TEMPLATE
+    path.write_text(path.read_text().replace("情感：", "情感是"), encoding="utf-8")
+
+
+def swap(part: str) -> Callable[[Path], None]:
+    """Swap the weights of two layers whose names hold `part`."""
+
+    def change(folder: Path) -> None:
+        import onnx
+
+        model = onnx.load(str(folder / MODEL), load_external_data=False)
+        first, second = (
+            next(t for t in model.graph.initializer if f"layers.{n}.{part}" in t.name)
+            for n in (0, 1)
+        )
+        first.name, second.name = second.name, first.name
+        onnx.save(model, str(folder / MODEL))
+
+    return change
+
+
+SABOTAGE: dict[str, tuple[Callable[[Path], None], list[str]]] = {
+    "another chat template": (change_template, ["chat_template"]),
+    "another stop token": (change_json(CONFIG, eos_token_id=5), ["stop_tokens"]),
+    "two layers' matrices swapped": (swap("mlp.down_proj"), ["logits"]),
+    "two layers' norms swapped": (swap("input_layernorm"), ["vectors"]),
+}
+
+
+@pytest.mark.parametrize("name", SABOTAGE)
+def test_sabotage_is_told_by_its_name(name: str, honest: Case, tmp_path: Path) -> None:
+    change, expected = SABOTAGE[name]
+    found, message = edited(honest, tmp_path, change).failed(tmp_path / "parity.json")
+    assert set(expected) <= set(found), message
+    assert "cause: " in message and "remedy: " in message and "\n" not in message
+    assert not (tmp_path / "parity.json").exists()
+
+
+def test_export_of_another_model_fails(honest: Case, tmp_path: Path) -> None:
+    """As when the merged model was made anew and the export was not."""
+    shutil.copytree(honest.model, tmp_path / "model")
+    weights = load_file(tmp_path / "model/model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"] *= 1.5
+    save_file(weights, tmp_path / "model/model.safetensors", {"format": "pt"})
+    assert replace(honest, model=tmp_path / "model").failed(tmp_path / "p.json")[0] == ["logits"]
+
+
+def test_a_runtime_that_is_too_old_is_named(honest: Case, tmp_path: Path) -> None:
+    case = edited(honest, tmp_path, lambda folder: program.write_json(
+        folder / MADE, {**program.read_json(folder / MADE), "needs": {"onnxruntime": "99.1"}}
+    ))  # fmt: skip
+    with pytest.raises(UserError, match=r"made for ONNX Runtime 99\.1 or newer, this one is 1\."):
+        OnnxModel(case.export, 1)
+    check_runtime(honest.export, "1.100.0")  # newer, though its text comes before
+    with pytest.raises(UserError, match="which lacks its operators"):
+        check_runtime(case.export, "9.9.9")
+
+
+def test_folder_that_cannot_be_loaded_is_one_line(honest: Case, tmp_path: Path) -> None:
+    case = edited(honest, tmp_path, lambda folder: (folder / MODEL).write_bytes(b"no model"))
+    with pytest.raises(UserError, match="ONNX Runtime cannot load it: "):
+        OnnxModel(case.export, 1)
+
+
+def test_common_start_changes_no_logit(honest: Case, int4: Path) -> None:
+    for folder in (honest.export, int4):
+        model = OnnxModel(folder, 1)
+        together = list(model.next_token_logits(PROMPTS))
+        alone = [next(model.next_token_logits([prompt])) for prompt in PROMPTS]
+        plain = [model.decode(prompt, model.nothing())[0] for prompt in PROMPTS]
+        assert together[0].shape == (512,) and together[0].dtype == np.float32
+        assert np.abs(np.array(together) - plain).max() < 1e-4
+        assert np.abs(np.array(alone) - plain).max() < 1e-4
+
+
+def test_int4_stores_what_it_says(honest: Case, int4: Path) -> None:
+    told = describe_folder(int4)
+    assert told["tensor_types"] == {"INT4": 13} and told["embedding_type"] == "INT4"
+    assert 4.5 < told["bits_per_weight"] < 8  # small matrices, and rotations for 1,024 positions
+    assert describe_folder(honest.export)["tensor_types"] == {"FP32": 13}
+    assert told["least_runtime"].startswith("ONNX Runtime 1.")
+    logits = [next(OnnxModel(f, 1).next_token_logits(PROMPTS)) for f in (honest.export, int4)]
+    assert np.abs(logits[0] - logits[1]).max() > 1e-3, "what computes the same was not quantized"
+
+
+def test_greedy_answers_end_at_a_stop_token(honest: Case) -> None:
+    model, tokenizer = OnnxModel(honest.export, 1), OnnxTokenizer(honest.export)
+    likeliest = model.generate_greedy(PROMPTS[0], 3)
+    model.stops = {likeliest[1]}
+    if likeliest[0] == likeliest[1]:
+        pytest.skip("the random model repeats itself")
+    (answer,) = answer_greedily(model, tokenizer, PROMPTS[:1], 3)
+    assert answer == tokenizer.as_text(likeliest[:1])
+    model.stops = set()
+    assert answer_greedily(model, tokenizer, PROMPTS[:1], 3) == [None]
+
+
+def test_context_is_the_tasks_and_not_the_models(honest: Case) -> None:
+    told = program.read_json(honest.export / CONFIG)
+    assert told["search"]["max_length"] == 512 == told["model"]["context_length"]
+    assert not told["search"]["do_sample"]
+
+
+def test_rotations_of_gemma_3_are_laid_out_as_the_builder_reads_them() -> None:
+    rope = {
+        "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    config = Namespace(rope_parameters=rope, max_position_embeddings=32768)
+    prepare(config, 1024)
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 1e6}
+    assert (config.rope_theta, config.rope_local_base_freq) == (1e6, 1e4)
+    assert config.max_position_embeddings == 1024
+    scaled = Namespace(rope_parameters={"rope_type": "llama3"}, max_position_embeddings=131072)
+    prepare(scaled, 1024)
+    assert scaled.max_position_embeddings == 131072, "its rotations depend on it"
+
+
+def test_checks_name_nan_and_a_tokenizer_of_another_kind(honest: Case) -> None:
+    logits = np.zeros((2, 8))
+    assert check_logits(logits, logits, [1, 2])["passed"]
+    broken = logits.copy()
+    broken[0, 3] = np.nan
+    assert not check_logits(broken, logits, [1, 2])["passed"]
+    examples = [Namespace(id=str(n), prompt="a", prompt_ids=[1, 2]) for n in range(100)]
+    found = iter([[1, 3], [1, 3]] + [[1, 2]] * 99)  # the first is asked for twice, to be told
+    few = check_token_ids("it", lambda _: next(found), examples)  # type: ignore[arg-type]
+    assert few["passed"] and "1 of 100" in few["detail"] and few["prompts_differing"] == 1
+    assert not check_token_ids("it", lambda _: [0, 1, 2], examples)["passed"]  # type: ignore[arg-type]
+    use_extra("onnx")
+
+
+# --- in the workflow ---
+
+RECIPES = {"small_int4": {"format": "onnx", "type": "int4"}, "q4_k_m": None}
+ONE_VARIANT = {"export_onnx": 1, "evaluate_onnx": 1, "measure_speed_onnx": 1, **AFTER_EVALUATION}
+
+
+@pytest.fixture(scope="module")
+def onnx_run(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the finished run with an ONNX file on its ladder."""
+    folder = tmp_path_factory.mktemp("onnx") / "run"
+    shutil.copytree(finished_run, folder, ignore=shutil.ignore_patterns("downloads"))
+    link_packages(folder)
+    edit_run("quantize", **RECIPES)(folder)
+    result = run_snakemake(folder, *SMALL)
+    assert result.returncode == 0, result.stdout[-3000:]
+    return folder
+
+
+def link_packages(folder: Path) -> None:
+    (folder / ".packages").mkdir(exist_ok=True)
+    if extra_folder("onnx").exists():
+        (folder / ".packages/onnx").symlink_to(extra_folder("onnx"))
+
+
+def test_onnx_file_stands_on_the_ladder(onnx_run: Path) -> None:
+    results = onnx_run / "results/small"
+    stages = program.read_json(results / "metrics.json")["stages"]
+    assert list(stages)[-2:] == ["onnx_float", "small_int4"]
+    rung, small = stages["onnx_float"], stages["small_int4"]
+    assert rung["against_before"]["stage"] == "merged" and rung["against_before"]["flips"] == 0
+    assert rung["kl_vocabulary"]["mean"] < 1e-4 < small["kl_vocabulary"]["mean"]
+    assert small["against_before"]["stage"] == "onnx_float" and small["accuracy"] > 0.9
+    assert small["format"] == "onnx" and small["greedy"]["right"] > 0
+    assert stages["q8_0"]["against_before"]["stage"] == "f16"
+    page = (results / "report.html").read_text(encoding="utf-8")
+    assert "<td>small_int4.onnx</td>" in page and "Is the ONNX export the merged model?" in page
+    assert "<td>q8_0.gguf</td>" in page
+    card = (results / "card.md").read_text(encoding="utf-8")
+    assert "small_int4.onnx needs ONNX Runtime 1." in card
+    assert program.read_json(results / "best.json")["chosen"] == "q8_0"
+    assert program.read_json(results / "best.json")["files"]["small_int4"]["format"] == "onnx"
+
+
+REBUILDS: dict[str, tuple[Callable[[Path], object], dict[str, int]]] = {
+    "nothing": (lambda folder: None, {}),
+    "the recipe's format spelled out for gguf": (
+        edit_run("quantize", q8_0={"type": "Q8_0", "format": "gguf"}), {}),
+    "block of the one variant": (
+        edit_run("quantize", small_int4={"format": "onnx", "type": "int4", "block": 64}), ONE_VARIANT),
+    "another variant": (edit_run("quantize", other={"format": "onnx", "type": "int8"}), ONE_VARIANT),
+    "no variant of the format": (edit_run("quantize", small_int4=None), AFTER_EVALUATION),
+    "a line of runtimes/onnx.py": (
+        append("scripts/pockettune/runtimes/onnx.py", "# x\n"),
+        {"export_onnx_float": 1, "check_parity_onnx": 1, "evaluate_onnx_float": 1, **ONE_VARIANT}),
+    "a line of quantize_model.py": (
+        append("scripts/quantize_model.py", "# x\n"),
+        {"quantize": 1, "measure_speed": 1, "evaluate_variant": 1, **AFTER_EVALUATION}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", REBUILDS)
+def test_change_reruns_what_depends_on_it(change: str, onnx_run: Path) -> None:
+    edit, expected = REBUILDS[change]
+    names = ["runs/small.yaml", "scripts/pockettune/runtimes/onnx.py", "scripts/quantize_model.py"]
+    before = {name: (onnx_run / name).read_bytes() for name in names}
+    try:
+        edit(onnx_run)
+        assert planned(onnx_run) == expected
+    finally:
+        for name, content in before.items():
+            (onnx_run / name).write_bytes(content)
