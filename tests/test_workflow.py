@@ -248,6 +248,7 @@ def gather_report(
             audit=results / "dataset/audit.json",
             tokens=results / "tokens",
             adapter=results / "adapter",
+            samples=None,
             vocabulary=None,
             base=next((finished_run / "resources/models").glob("base@*/")),
             benchmarks=sorted((results / "benchmarks").glob("*.tsv")),
