@@ -163,7 +163,11 @@ def arguments_of(program: str, gguf: Path, output: Path) -> list[str | Path]:
     tokens.mkdir()
     (tokens / "answers.json").write_text('{"words": ["好"], "ids": [[5, 2]]}')
     write_examples(tokens / "test.arrow", [])
-    settings = {"task": TASK, "dataset": {"text_column": "text", "label_column": "label"}, "evaluate": {"split": "test", "limit": None}}
+    settings = {
+        "task": TASK,
+        "dataset": {"text_column": "text", "label_column": "label"},
+        "evaluate": {"split": "test", "limit": None},
+    }
     return ["--settings", json.dumps(settings), "--tokens", tokens, "--model", gguf,
             "--threads", "1", "--metrics", output, "--predictions", output]  # fmt: skip
 
