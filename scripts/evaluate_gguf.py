@@ -11,6 +11,7 @@ from functools import partial
 
 from pockettune.data.prompts import Example
 from pockettune.evaluation import stages
+from pockettune.evaluation.beside_f16 import open_f16
 from pockettune.evaluation.metrics import provenance
 from pockettune.evaluation.text_stages import TextRuntime
 from pockettune.gguf.files import describe_file
@@ -50,4 +51,4 @@ def open_gguf(
 
 
 if __name__ == "__main__":
-    stages.run(__doc__, open_gguf)
+    stages.run(__doc__, open_gguf, open_reference=open_f16)

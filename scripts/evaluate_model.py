@@ -15,6 +15,7 @@ import torch
 from pockettune.common import program
 from pockettune.data.prompts import Example
 from pockettune.evaluation import stages
+from pockettune.evaluation.beside_f16 import open_f16
 from pockettune.evaluation.metrics import provenance
 from pockettune.evaluation.text_stages import TextRuntime
 from pockettune.models.folder import load_tokenizer, weight_files
@@ -63,4 +64,4 @@ def load_runtime(arguments: argparse.Namespace, examples: Sequence[Example]) -> 
 
 
 if __name__ == "__main__":
-    stages.run(__doc__, open_model, options=["--adapter", "--vocabulary"])
+    stages.run(__doc__, open_model, ["--adapter", "--vocabulary"], open_f16)

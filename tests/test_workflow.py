@@ -535,7 +535,8 @@ REBUILDS: dict[str, tuple[Callable[[Path], object], dict[str, int]]] = {
     "generation_config.json of a local model": (append("data/base/generation_config.json", "\n"), FROM_MODEL),
     "a line of merge_adapter.py": (append("scripts/merge_adapter.py", "# x\n"), FROM_MERGE),
     "a line of write_report.py": (append("scripts/write_report.py", "# x\n"), {"report": 1, "all": 1}),
-    "a line of a module, gguf/files.py": (append("scripts/pockettune/gguf/files.py", "# x\n"), FROM_CONVERT),
+    "a line of a module, gguf/files.py": (append("scripts/pockettune/gguf/files.py", "# x\n"),
+        {"evaluate_base": 1, **FROM_CONVERT}),  # PyTorch's rungs compare text with F16 in llama.cpp
     "a line of a module's module, classification.py":
         (append("scripts/pockettune/tasks/classification.py", "# x\n"), FROM_DATASET),
 }  # fmt: skip

@@ -3,10 +3,9 @@
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +43,14 @@ class Runtime:
 OpenRuntime = Callable[[argparse.Namespace, Sequence[Example]], AbstractContextManager[Runtime]]
 
 
+# Takes the arguments; opens what a stage of text is compared with, if anything.
+OpenReference = Callable[[argparse.Namespace], AbstractContextManager[LogitsAt | None]]
+
+
+def not_compared(arguments: argparse.Namespace) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
 def argument_parser(docstring: str | None) -> argparse.ArgumentParser:
     """Return a parser with what every evaluation is told."""
     parser = program.argument_parser(docstring)
@@ -56,8 +63,17 @@ def argument_parser(docstring: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def run(docstring: str | None, open_runtime: OpenRuntime, options: Iterable[str] = ()) -> None:
-    """Run a program that evaluates one stage's model; `options` are further paths it takes."""
+def run(
+    docstring: str | None,
+    open_runtime: OpenRuntime,
+    options: Iterable[str] = (),
+    open_reference: OpenReference = not_compared,
+) -> None:
+    """Run a program that evaluates one stage's model; `options` are further paths it takes.
+
+    `open_reference` opens F16 to compare a stage of text with. It comes from the program, so that those
+    without text do not depend on llama.cpp's modules, of which a line would have them run again.
+    """
     parser = argument_parser(docstring)
     parser.add_argument("--model", type=Path, required=True, help="what to evaluate")
     parser.add_argument("--threads", type=int, required=True)
@@ -72,14 +88,18 @@ def run(docstring: str | None, open_runtime: OpenRuntime, options: Iterable[str]
     parser.add_argument("--write-reference", type=Path, nargs="?", help="write such a file")
     for option in options:
         parser.add_argument(option, type=Path, nargs="?")
-    program.run(parser, lambda arguments: evaluate(arguments, open_runtime))
+    program.run(parser, lambda arguments: evaluate(arguments, open_runtime, open_reference))
 
 
-def evaluate(arguments: argparse.Namespace, open_runtime: OpenRuntime) -> None:
+def evaluate(
+    arguments: argparse.Namespace,
+    open_runtime: OpenRuntime,
+    open_reference: OpenReference = not_compared,
+) -> None:
     """Score the rows that `evaluate:` names and write the stage's files."""
     settings = arguments.settings
     if task := as_text_task(load_task(settings["task"], settings["dataset"])):
-        return evaluate_text(arguments, open_runtime, task)
+        return evaluate_text(arguments, open_runtime, open_reference, task)
     answers = program.read_json(arguments.tokens / "answers.json")
     rows = read_rows(arguments)
     places = take_evenly(range(len(rows)), arguments.settings["evaluate"].get("pytorch_limit"))
@@ -111,7 +131,12 @@ def evaluate(arguments: argparse.Namespace, open_runtime: OpenRuntime) -> None:
     write_stage(arguments, examples, answers["words"], scores, facts)
 
 
-def evaluate_text(arguments: argparse.Namespace, open_runtime: OpenRuntime, task: TextTask) -> None:
+def evaluate_text(
+    arguments: argparse.Namespace,
+    open_runtime: OpenRuntime,
+    open_reference: OpenReference,
+    task: TextTask,
+) -> None:
     """Have the rows answered with text, and write the stage's files."""
     settings = arguments.settings["evaluate"]
     rows = Examples(arguments.tokens / f"{settings['split']}.arrow")
@@ -136,19 +161,6 @@ def evaluate_text(arguments: argparse.Namespace, open_runtime: OpenRuntime, task
         **runtime.facts,
     }
     write_files(arguments, table, result)
-
-
-@contextmanager
-def open_reference(arguments: argparse.Namespace) -> Iterator[LogitsAt | None]:
-    """Open F16 to compare with, where the stage is not F16 itself, nor before it."""
-    if arguments.reference is None:
-        yield None
-        return
-    from pockettune.runtimes.generation import logits_at
-    from pockettune.runtimes.llama import LlamaModel
-
-    with LlamaModel(arguments.reference, arguments.threads) as model:
-        yield partial(logits_at, model)
 
 
 def read_rows(arguments: argparse.Namespace) -> list[Example]:
