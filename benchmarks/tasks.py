@@ -30,6 +30,7 @@ FOLDER = WORK / "tasks"
 RESULTS = ROOT / "results/tasks"
 CHECKED = FOLDER / "checked.json"
 SEED = 11
+LONGEST = 350  # characters of a text of CMRC 2018
 RUNS = {
     "weibo-gemma": "Entities of Weibo NER, Gemma 3 270M",
     "weibo-12m": "Entities of Weibo NER, the base of 12.6 M parameters",
@@ -61,20 +62,19 @@ def take_questions(paragraphs: Iterator[Paragraph], count: int) -> list[Paragrap
 
 
 def write_questions() -> None:
-    """Write questions to learn, choose by and score, no text in two of them: short texts, and all."""
-    for kind, longest, count in (("short", 350, 280), ("all", 10_000, 600)):
-        dev, trial = (
-            iter([p for p in read_paragraphs(name) if len(p["context"]) <= longest])
-            for name in ("dev", "trial")
-        )
-        splits = {
-            "test": take_questions(dev, 300),
-            "train": take_questions(dev, count),
-            "validation": take_questions(trial, 60),
-        }
-        for split, paragraphs in splits.items():
-            data = {"version": "v1.0", "data": [{"paragraphs": [p]} for p in paragraphs]}
-            program.write_json(FOLDER / f"cmrc-{kind}-{split}.json", data)
+    """Write questions on short texts to learn, choose by and score, no text in two of them."""
+    dev, trial = (
+        iter([p for p in read_paragraphs(name) if len(p["context"]) <= LONGEST])
+        for name in ("dev", "trial")
+    )
+    splits = {
+        "test": take_questions(dev, 300),
+        "train": take_questions(dev, 280),
+        "validation": take_questions(trial, 60),
+    }
+    for split, paragraphs in splits.items():
+        data = {"version": "v1.0", "data": [{"paragraphs": [p]} for p in paragraphs]}
+        program.write_json(FOLDER / f"cmrc-{split}.json", data)
 
 
 def write_conversations() -> None:
@@ -136,10 +136,10 @@ def check_entities(name: str, stage: str) -> tuple[float, float]:
     return tuple(float(f1_score(right, found, average=kind)) for kind in ("micro", "macro"))  # type: ignore[return-value]
 
 
-def check_questions(name: str, stage: str, kind: str) -> tuple[float, float]:
+def check_questions(name: str, stage: str) -> tuple[float, float]:
     """Return exact match and F1 of a stage's predictions as CMRC 2018's own script counts them."""
     table = pd.read_parquet(RESULTS / name / f"predictions/{stage}.parquet")
-    articles = program.read_json(FOLDER / f"cmrc-{kind}-test.json")["data"]
+    articles = program.read_json(FOLDER / "cmrc-test.json")["data"]
     pairs = [(p, q) for a in articles for p in a["paragraphs"] for q in p["qas"]]
     rows = dict(zip(table["id"], table["prediction"], strict=True))
     answers, asked = {}, []
@@ -212,8 +212,8 @@ def describe_scores(stages: dict[str, Any]) -> list[str]:
 def describe_fidelity(stages: dict[str, Any]) -> list[str]:
     """Return a table of how far each stage is from F16, and what of its answers could be read."""
     lines = [
-        "| stage | KL from F16, nats: mean | 99.9 % | likeliest token equal, % | answers equal to the end | the others part at token | changed alone | read, free | read, under the grammar |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| stage | KL from F16, nats: mean | 99.9 % | likeliest token equal, % | answers equal to the end | the others part at token | changed alone | ended | read | read, under the grammar |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for stage, entry in stages.items():
         reading, parting, free = entry["reading"], entry.get("parting"), entry["generated"]
@@ -225,8 +225,8 @@ def describe_fidelity(stages: dict[str, Any]) -> list[str]:
         noise, held = entry["noise"], entry.get("constrained")
         lines.append(
             f"| {stage} | {' | '.join(apart)} | {equal} | {f'{first:g}' if first else '–'} |"
-            f" {share(noise['changed'], noise['rows'])} | {share(free['understood'], free['rows'])} |"
-            f" {share(held['understood'], held['rows']) if held else '–'} |"
+            f" {share(noise['changed'], noise['rows'])} | {share(free['ended'], free['rows'])} |"
+            f" {share(free['understood'], free['rows'])} | {share(held['understood'], held['rows']) if held else '–'} |"
         )
     return lines
 

@@ -5,6 +5,7 @@ import random
 import shutil
 import subprocess
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,18 @@ def test_prompt_is_the_trained_one_whatever_the_conversation(family: str, tmp_pa
 def chatml(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, str]:
     tokenizer, task = load_family("chatml", tmp_path_factory.mktemp("chatml"))
     return tokenizer, task, write_template(find_frame(tokenizer, task))
+
+
+def test_thousands_of_control_tokens_are_broken(chatml: tuple[Any, Any, str]) -> None:
+    """Gemma 3 of a GGUF file has 6,249 of them; so many calls in one statement no engine nests."""
+    tokenizer, task, _ = chatml
+    frame = find_frame(tokenizer, task)
+    many = replace(frame, control=(*(f"<unused{n}>" for n in range(6000)), *frame.control))
+    text = f"<unused0> <unused99><unused100> <unused5999> {IM[0]} <unused6000>"
+    template, talk = write_template(many), [{"role": "user", "content": text}]
+    prompt = render_chat(tokenizer, talk, {}, template=template)
+    assert prompt == many.render(text)
+    assert "< unused99>< unused100> < unused5999>" in prompt and " <unused6000>" in prompt
 
 
 def test_prompt_of_any_text_is_the_trained_one(chatml: tuple[Any, Any, str]) -> None:
