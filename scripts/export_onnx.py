@@ -84,8 +84,12 @@ def is_head(self: Any, module: torch.nn.Module) -> bool:
 
 
 def builder_options(recipe: Mapping[str, Any]) -> list[str]:
-    """Return the builder's options: nothing is asked of a hub, logits of the last token alone."""
-    options = ["hf_token=false", "prune_lm_head=true"]
+    """Return the builder's options: nothing is asked of a hub, logits of the last token alone.
+
+    Layers with a window (Gemma 2 and 3) keep all keys and values: a cache of the window's own size takes no
+    empty past, and so no prompt in two parts.
+    """
+    options = ["hf_token=false", "prune_lm_head=true", "windowed_kv_cache=false"]
     if recipe["type"] != "fp32":
         options += [f"block_size={recipe['block']}", f"accuracy_level={recipe['accuracy_level']}"]
     if recipe.get("algorithm", "default") != "default":
