@@ -121,7 +121,7 @@ def label_characters(entities: Sequence[Sequence[Any]], length: int) -> list[str
 
 def check_entities(name: str, stage: str) -> tuple[float, float]:
     """Return micro and macro F1 of a stage's predictions as seqeval counts them."""
-    from seqeval.metrics import f1_score
+    from seqeval.metrics import f1_score  # type: ignore[import-not-found]
 
     table = pd.read_parquet(RESULTS / name / f"predictions/{stage}.parquet")
     texts = pd.read_json(RESULTS / name / "dataset/test.jsonl", lines=True).set_index("id")["text"]
@@ -147,7 +147,7 @@ def ask_script(answers: dict[str, str]) -> tuple[float, float]:
     files = FOLDER / "asked.json", FOLDER / "answered.json"
     for path, content in zip(files, ({"version": "v1.0", "data": asked}, answers), strict=True):
         program.write_json(path, content)
-    script = [sys.executable, FOLDER / "cmrc2018/cmrc2018_evaluate.py", *files]
+    script = [sys.executable, *map(str, (FOLDER / "cmrc2018/cmrc2018_evaluate.py", *files))]
     told = json.loads(subprocess.run(script, check=True, capture_output=True, text=True).stdout)
     assert int(told["TOTAL"]) == len(answers) and int(told["SKIP"]) == 0, told
     return float(told["EM"]) / 100, float(told["F1"]) / 100

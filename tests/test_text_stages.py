@@ -1,6 +1,7 @@
 """Scoring of stages whose answers are text, on a runtime of which it is known what it writes."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from pockettune.tasks import TextTask, as_text_task, load_task
 
 @pytest.fixture
 def task() -> TextTask:
-    settings = {
+    settings: dict[str, Any] = {
         "type": "answer",
         "system": "",
         "prompt": "{text} {question}",
