@@ -830,9 +830,8 @@ def test_conversation_goes_on_and_is_cleared(text_app: Path, serve: Callable[...
     for place, text in enumerate((EVIL, "房间")):
         page.page.fill("#text", text)
         page.page.keyboard.press("Control+Enter")
-        page.page.wait_for_function(
-            f"import('/app.js').then((m) => m.app.talk.length === {2 * place + 2})", timeout=60_000
-        )
+        done = "document.querySelectorAll('#talk li').length === {} && !document.querySelector('#talk[aria-busy]')"
+        page.page.wait_for_function(done.format(2 * place + 2), timeout=60_000)
     assert (
         page.page.eval_on_selector_all("#talk li", "all => all.map((li) => li.className)")
         == ["user", "assistant"] * 2
