@@ -640,7 +640,7 @@ function fillWords(task) {
   if (task?.turns) Object.assign($("answer").dataset, { words: "send" });
   if (task && !task.labels) $("many_how").dataset.words = "many_how_text";
   $("talk").setAttribute("aria-label", say("conversation"));
-  $("said").classList.toggle("text", task !== undefined && !task.labels);
+  for (const id of ["said", "answers"]) $(id).classList.toggle("text", task !== undefined && !task.labels);
   show("asked", task?.texts?.includes("question") ?? false);
   for (const element of document.querySelectorAll("[data-words]")) element.textContent = say(element.dataset.words);
 }
@@ -949,18 +949,20 @@ async function answerTable() {
   });
   show("stop", false);
   show("rows_done", false);
-  offerTable(out);
+  offerTable(out, column);
 }
 
 function span(seconds) {
   return seconds > 90 ? say("minutes", { count: Math.round(seconds / 60) }) : say("seconds", { count: Math.round(seconds) });
 }
 
-function offerTable(rows) {
+/** Show the table, whose texts stand in `column`, and offer it as a file. */
+function offerTable(rows, column) {
   const cellsOf = (row, kind) => row.map((text) => Object.assign(document.createElement(kind), { textContent: text }));
   const lines = rows.slice(0, SHOWN + 1).map((row, i) => {
     const line = document.createElement("tr");
     line.append(...cellsOf(row, i === 0 ? "th" : "td"));
+    line.cells[column].className = "read";
     return line;
   });
   $("answers").replaceChildren(...lines);

@@ -111,7 +111,16 @@ function allows(grammar, state, ends, text, rest) {
   if (ends) return state.includes(null);
   if (text === "" && rest.length === 0) return false;
   const next = grammar.after(state, text);
-  return rest.length > 0 ? next.some((stack) => stack !== null) : next.length > 0;
+  return rest.length > 0 ? grammar.mayBegin(next, characterRange(rest)) : next.length > 0;
+}
+
+/** The first and the last character that may begin with these bytes of UTF-8; none behind a stray byte. */
+function characterRange([lead, ...others]) {
+  const length = lead >= 0xf0 ? 4 : lead >= 0xe0 ? 3 : 2;
+  if (lead < 0xc2 || lead > 0xf4 || others.length + 1 >= length || others.some((byte) => byte >> 6 !== 2)) return [1, 0];
+  const shift = 6 * (length - 1 - others.length);
+  const first = others.reduce((code, byte) => (code << 6) | (byte & 63), lead & (0xff >> (length + 1))) << shift;
+  return [Math.max(first, [0x80, 0x800, 0x10000][length - 2]), first + 2 ** shift - 1];
 }
 
 /** The whole characters of bytes, and the bytes of one that is not whole yet. */
@@ -181,6 +190,15 @@ export class Grammar {
       });
     }
     return state;
+  }
+
+  /** Whether a character between two codes, whose first bytes are known, may come next. */
+  mayBegin(state, [low, high]) {
+    return low <= high && state.some((stack) => {
+      if (stack === null) return false;
+      const { ranges, not } = stack.element;
+      return not ? !ranges.some(([first, last]) => first <= low && high <= last) : ranges.some(([first, last]) => first <= high && low <= last);
+    });
   }
 }
 

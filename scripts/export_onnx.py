@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -26,8 +27,8 @@ from pockettune.models.folder import load_tokenizer, tensor_shapes
 from pockettune.runtimes.onnx import CHAT_TEMPLATE, CONFIG, MADE, WEIGHTS, import_genai
 from pockettune.tasks import load_task
 
-# The oldest ONNX Runtime that was seen to load a folder of a type and to compute what 1.32.0 does.
-NEEDS = {"fp32": "1.32.0", "int8": "1.32.0", "int4": "1.32.0"}
+# The oldest ONNX Runtime that was seen to load what this exporter writes, of all types; 1.22.1 refuses it.
+NEEDS = "1.23.2"
 LEAST_CONTEXT = 1024
 
 
@@ -62,7 +63,8 @@ def build(model: Path, recipe: Mapping[str, Any], context: int, output: Path) ->
         try:
             options = builder.parse_extra_options(*place, builder_options(recipe))
             prepare(options["hf_details"]["hf_config"], context)
-            builder.create_model(*place, **options)
+            with mock.patch.object(builder.Model, "has_lm_head", is_head):
+                builder.create_model(*place, **options)
         except (NotImplementedError, KeyError, AttributeError) as error:
             config = program.read_json(model / "config.json")
             raise UserError(
@@ -71,6 +73,14 @@ def build(model: Path, recipe: Mapping[str, Any], context: int, output: Path) ->
                 " recipes of format gguf"
             ) from error
     shutil.rmtree(cache, ignore_errors=True)
+
+
+def is_head(self: Any, module: torch.nn.Module) -> bool:
+    """Whether a module is the output head, for the builder, which takes any matrix with as many rows.
+
+    A vocabulary that was trimmed may have as many tokens as an MLP has rows.
+    """
+    return module is self.weights.get_output_embeddings()
 
 
 def builder_options(recipe: Mapping[str, Any]) -> list[str]:
@@ -126,7 +136,7 @@ def describe(settings: Mapping[str, Any], parameters: int) -> dict[str, Any]:
         "card": settings["card"],
         "recipe": settings["recipe"],
         "parameters": parameters,
-        "needs": {"onnxruntime": NEEDS[settings["recipe"]["type"]]},
+        "needs": {"onnxruntime": NEEDS},
         "made_with": provenance("onnxruntime", "onnxruntime-genai", "torch", "transformers"),
     }
 

@@ -1,7 +1,7 @@
 """Put a page together that asks a GGUF file in a browser: plain files, for any web server.
 
 Input   the page's own files (app/), wllama, the bundle, the tokens
-Output  a folder: index.html, app.js, app.css, sw.js, manifest.webmanifest, icons; wllama; of the bundle
+Output  a folder: index.html, app.js, text.js, app.css, sw.js, manifest.webmanifest, icons; wllama; of the bundle
         model.gguf, task.json, conformance.jsonl and the licence;
         app.json (the page's own: its title, the tokens of labels, and the CRC-32 of each part of the file,
         by which a browser goes on with a download that was cut, and notices a damaged part)

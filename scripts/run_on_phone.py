@@ -30,6 +30,11 @@ def run_on_phone(
     files = [programs / f"score-{name}", *(bundle / file for file in FILES)]
     if missing := [str(path) for path in files if not path.is_file()]:
         raise UserError(f"{', '.join(missing)}: not there; make phone builds them")
+    if "labels" not in next(read_records(bundle / "conformance.jsonl")):
+        raise UserError(
+            f"{bundle} is of a task whose answers are text, and the program for phones answers with labels; run"
+            " llama-server there with the bundle's llama-server.ini and scripts/conform.py here (docs/phone.md)"
+        )
     device.run(f"mkdir -p {device.folder}")
     sent = {path.name: device.put(path, path.name) for path in files}
     program.logger.info("running score-%s on %s", name, device.name)

@@ -222,6 +222,6 @@ def test_cmrc_is_read_and_its_own_answers_are_right() -> None:
             records.append(TASK.read({str(key): cell for key, cell in row.items()}))
         except ValueError as error:
             faults.append(str(error))
-    assert len(records) == 1001 and faults == ["question is empty"]
+    assert len(records) == 1000 and faults == ["question is empty"] * 2
     scores = TASK.score(list(map(TASK.reference, records)), list(map(TASK.answer, records)))
-    assert scores == {"f1": 1, "exact_match": 1, "n": 1001, "answerable": {"f1": 1, "exact_match": 1, "n": 1001}}  # fmt: skip
+    assert scores == {"f1": 1, "exact_match": 1, "n": 1000, "answerable": {"f1": 1, "exact_match": 1, "n": 1000}}  # fmt: skip

@@ -27,12 +27,14 @@ import pytest
 import make_app
 import serve_app
 from conftest import ROOT, SMALL, WLLAMA_ARCHIVE, run_snakemake
-from fetch_wllama import PACKAGE
+from fetch_wllama import PACKAGE, fetch_wllama
 from firefox import FIREFOX, Firefox
 from generated import make_review
 from pockettune.common.errors import UserError
 from pockettune.sources.packages import download_npm_package
+from small_run import make_base
 from test_workflow import edit_run, planned
+from text_bundles import TASKS, make_text_app, make_text_bundle
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)  # fmt: skip
 # Between llama-cpp-python on this machine's processor and wllama in WebAssembly: other kernels sum in
@@ -592,7 +594,7 @@ def test_text_of_a_megabyte_is_cut_and_said_so(folder: Path, serve: Callable[...
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda f: edit(f / "task.json", type="entities"), "This model is of another task (entities)"),
+        (lambda f: edit(f / "task.json", type="entities", labels=None), "This model is of another task (entities)"),
         (lambda f: (f / "task.json").write_text("{"), "A file of this page is missing or damaged (task.json"),
         (lambda f: (f / "app.json").unlink(), "A file of this page is missing or damaged (app.json"),
     ],
@@ -726,3 +728,123 @@ def test_words_of_both_languages_are_the_same(folder: Path, serve: Callable[...,
         return sorted(re.findall(r"\{(\w+)\}", text))
 
     assert [key for key in words["en"] if holes(words["en"][key]) != holes(words["zh"][key])] == []
+
+
+# --- tasks whose answer is text ---
+
+
+@pytest.fixture(scope="session", params=list(TASKS))
+def text_app(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The app of each task of text; its base answers with words that the task does not know."""
+    if not WLLAMA_ARCHIVE.exists():
+        pytest.skip(f"no {WLLAMA_ARCHIVE.relative_to(ROOT)}: snakemake --cores 1 -- fetch_wllama")
+    folder = tmp_path_factory.mktemp(request.param)
+    make_text_bundle(make_base(), folder, request.param)
+    fetch_wllama(WLLAMA_ARCHIVE.parent, folder / "wllama")
+    return make_text_app(folder, request.param, folder / "wllama")
+
+
+def kind_of(app: Path) -> str:
+    return str(json.loads((app / "task.json").read_text())["type"])
+
+
+def test_page_of_text_answers_as_the_file_was_scored(text_app: Path, serve: Callable[..., Served], visit: Callable[..., Visit]) -> None:  # fmt: skip
+    served = serve(text_app)
+    page = visit(served.url, locale="zh-CN", viewport={"width": 360, "height": 740})
+    page.load()
+    kind = kind_of(text_app)
+    assert page.page.is_visible("#many") == (kind == "entities"), "a row is one text"
+    if kind == "entities":
+        page.page.click("#many summary")
+    assert page.page.is_visible("#question") == (kind == "answer")
+    if kind == "answer":
+        page.page.fill("#text", GOOD)
+        page.page.click("#answer")
+        page.status("请输入问题。")
+        page.page.fill("#question", "怎么样？")
+    page.ask(GOOD)
+    found = page.check()
+    assert int(found["same"]) + int(found["near"]) == int(found["rows"]) > 0
+    assert float(found["largest"]) < TOLERANCE
+    for state in ("ask", "result"):
+        assert page.page.is_visible(f"#{state}")
+    shown = page.page.inner_text("body")
+    assert "undefined" not in shown and "{" not in shown
+    assert page.page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert page.page.evaluate(NAMELESS) == [] and page.page.evaluate(SMALL_TARGETS) == []
+    assert page.page.evaluate(CONTRAST) >= 4.5, "WCAG AA"
+    assert page.complaints == []
+
+
+def ask_model(page: Visit, call: str) -> Any:
+    """Return what a call of the page's own code gives; `model` and `text` are there."""
+    return page.page.evaluate(
+        "async () => { const { app: { model } } = await import('/app.js');"
+        f" const text = await import('/text.js'); return {call}; }}"
+    )
+
+
+def test_entities_are_of_the_grammar_and_marked_in_the_text(text_app: Path, serve: Callable[..., Served], visit: Callable[..., Visit]) -> None:  # fmt: skip
+    if kind_of(text_app) != "entities":
+        pytest.skip("of entities alone")
+    page = visit(serve(text_app).url)
+    page.load()
+    # The base says other words, so what it says here is the grammar's doing; it ends by the limit of tokens.
+    for written in ask_model(
+        page, "Promise.resolve(model.write({ text: '房间' })).then((w) => [w.answer])"
+    ):
+        assert re.match(r"(地点|东西): |无$", written), written
+    told = [
+        {"type": "地点", "name": "北京", "start": 1, "end": 3},
+        {"type": "地点", "name": "北京", "start": 4, "end": 6},
+    ]
+    read = "text.readEntities('地点: 北京\\n东西: 船\\n地点: 北京', '在北京和北京', model.task)"
+    assert ask_model(page, read) == told, "what does not stand in the text is left out"
+    assert ask_model(page, "text.readEntities('正面', '房间', model.task)") is None
+    page.page.evaluate(
+        "async () => { const { app } = await import('/app.js');"
+        f" app.model.write = async () => ({{ answer: '地点: {EVIL}\\n东西: 水', said: [1], ids: [1], seconds: 0, cut: null, ended: true }}); }}"
+    )
+    page.ask(f"喝水 {EVIL}")
+    assert page.page.eval_on_selector_all("mark", "all => all.map((m) => m.firstChild.data)") == [
+        "水",
+        EVIL,
+    ]
+    assert page.page.query_selector("img") is None
+    assert page.page.eval_on_selector_all("#labels li", "all => all.length") == 2
+    page.page.click("#many summary")
+    page.page.fill("#table", "text,n\n喝水,1\n ,2")
+    page.page.click("#run")
+    page.page.wait_for_selector("#save:not([hidden])", timeout=60_000)
+    written = page.page.evaluate(
+        "fetch(document.getElementById('save').href).then((r) => r.text())"
+    )
+    assert [len(row) for row in csv.reader(io.StringIO(written))] == [3, 3, 3]
+
+
+def test_conversation_goes_on_and_is_cleared(text_app: Path, serve: Callable[..., Served], visit: Callable[..., Visit]) -> None:  # fmt: skip
+    if kind_of(text_app) != "chat":
+        pytest.skip("of chat alone")
+    page = visit(serve(text_app).url)
+    page.load()
+    for place, text in enumerate((EVIL, "房间")):
+        page.page.fill("#text", text)
+        page.page.keyboard.press("Control+Enter")
+        page.page.wait_for_function(
+            f"import('/app.js').then((m) => m.app.talk.length === {2 * place + 2})", timeout=60_000
+        )
+    assert (
+        page.page.eval_on_selector_all("#talk li", "all => all.map((li) => li.className)")
+        == ["user", "assistant"] * 2
+    )
+    assert page.page.query_selector("img") is None
+    forgets = "model.reply(Array.from({ length: 41 }, (_, n) => ({ role: n % 2 ? 'assistant' : 'user', content: '房间很好' }))).then((r) => r.forgotten)"
+    assert ask_model(page, forgets) is True
+    stopped = ask_model(page, "text.writeAnswer(model, [1, 2, 3], { wanted: () => false })")
+    assert stopped == {"answer": "", "said": [], "ended": False, "scores": []}
+    page.page.click("#clear")
+    assert (
+        page.page.is_hidden("#talk")
+        and page.page.evaluate("import('/app.js').then((m) => m.app.talk.length)") == 0
+    )
+    assert page.complaints == []

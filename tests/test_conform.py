@@ -1,8 +1,9 @@
 """conform: each way of asking wrongly is told by its name."""
 
+import itertools
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -11,7 +12,15 @@ from typing import Any
 import pytest
 
 from conftest import run_program
-from pockettune.evaluation.conformance import NEAR, Reply, describe, judge, messages_of, replay
+from pockettune.evaluation.conformance import (
+    NEAR,
+    Reply,
+    describe,
+    find_parting,
+    judge,
+    messages_of,
+    replay,
+)
 from stand_in import serve_file
 
 TASK: dict[str, Any] = {
@@ -33,6 +42,7 @@ class Fake:
     """A server that answers rightly only what is asked as was trained."""
 
     fault: str = ""
+    noise: Iterator[int] = field(default_factory=itertools.count)
 
     def chat(self, messages: Sequence[Mapping[str, str]], greedy: bool) -> Reply:
         system = "".join(m["content"] for m in messages if m["role"] == "system")
@@ -61,7 +71,9 @@ class Fake:
             return Reply("负", prompt_tokens=21)
         if self.fault == "stop":
             return Reply("正\n\n正 user", prompt_tokens=20)
-        return Reply("正" if right else "我是助手", prompt_tokens=tokens)
+        # Beside a token that is no label: a log probability which no two answers share.
+        first: dict[int | str, float] = {0: float(-next(self.noise))}
+        return Reply("正" if right else "我是助手", prompt_tokens=tokens, first=first)
 
 
 FAULTS = {
@@ -130,6 +142,71 @@ def test_token_before_the_prompt_is_told_where_answers_hold() -> None:
     assert verdict.wrong == [] and verdict.token_more
     told = describe(verdict, 12, TASK["stop"])
     assert told.endswith("12 prompts had another number of tokens than was scored, each one more: probably a BOS")  # fmt: skip
+
+
+TEXT_ROW: dict[str, Any] = {
+    "answer": "北京大学", "answer_ids": [5, 6, 7], "ended": True,
+    "ends": [2, 3, 4], "margins": [3.0, NEAR - 0.1, 3.0, 2.0], "log_probabilities": [-0.1] * 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("said", "judged", "token"),
+    [
+        ("北京大学", "right", None),
+        (" 北京大学\n", "right", None),
+        ("南京大学", "wrong", 0),
+        ("北平", "wrong", 0),
+        ("北京小学", "near", 1),
+        ("北京大会", "wrong", 2),
+        ("北京", "near", 1),
+        ("北京大学在北京", "runs on", 3),
+        ("", "wrong", 0),
+    ],
+)  # fmt: skip
+def test_text_is_judged_by_the_token_at_which_it_parts(said: str, judged: str, token: int | None) -> None:  # fmt: skip
+    assert (judge(TEXT_ROW, Reply(said)), find_parting(TEXT_ROW, said)) == (judged, token)
+
+
+def test_end_of_a_text_may_be_near_too_and_a_cut_one_may_go_on() -> None:
+    assert (
+        judge({**TEXT_ROW, "margins": [3.0, 3.0, 3.0, NEAR - 0.1]}, Reply("北京大学在")) == "near"
+    )
+    spaced = {**TEXT_ROW, "answer": " 北京大学", "ends": [3, 4, 5]}
+    assert judge(spaced, Reply("北京小学")) == "near", "servers take the space away"
+    cut = {**TEXT_ROW, "ended": False, "margins": [3.0, 3.0, 3.0]}
+    assert judge(cut, Reply("北京大学在")) == "right"
+
+
+TALK = [{"role": "system", "content": "助手"}, {"role": "user", "content": "北京的大学？"}]
+
+
+def test_conversation_is_sent_whole() -> None:
+    row = {**TEXT_ROW, "messages": TALK}
+    assert messages_of({**TASK, "template": "base"}, row) == TALK
+
+
+@dataclass
+class Talker(Fake):
+    """Answers a conversation rightly, but for its fault."""
+
+    def chat(self, messages: Sequence[Mapping[str, str]], greedy: bool) -> Reply:
+        self.right = "北京大学" if list(messages) == TALK or self.fault == "stop" else "南京"
+        if self.fault in ("template", "system prompt", "other file"):
+            self.right = "南京" if self.fault != "template" or len(messages) > 1 else "东京"
+        return Reply(self.right + ("，对" if self.fault == "stop" else ""))
+
+    def complete(self, prompt: str) -> Reply | None:
+        return Reply("南京" if self.fault == "other file" else "北京大学")
+
+
+@pytest.mark.parametrize("fault", ["stop", "template", "system prompt", "other file"])
+def test_cause_is_named_of_text(fault: str) -> None:
+    rows = [{**TEXT_ROW, "id": f"test-{n}", "messages": TALK, "prompt": "x", "prompt_ids": [1]} for n in range(4)]  # fmt: skip
+    verdict = replay({**TASK, "template": "base"}, rows, Talker(fault))
+    told = describe(verdict, 4, "<end>")
+    assert verdict.cause == fault and "scored '北京大学'" in told
+    assert f"parts at token {4 if fault == 'stop' else 1}" in told
 
 
 def test_base_template_is_sent_system_and_prompt() -> None:

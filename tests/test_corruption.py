@@ -163,7 +163,11 @@ def arguments_of(program: str, gguf: Path, output: Path) -> list[str | Path]:
     tokens.mkdir()
     (tokens / "answers.json").write_text('{"words": ["好"], "ids": [[5, 2]]}')
     write_examples(tokens / "test.arrow", [])
-    settings = {"task": TASK, "dataset": {}, "evaluate": {"split": "test", "limit": None}}
+    settings = {
+        "task": TASK,
+        "dataset": {"text_column": "text", "label_column": "label"},
+        "evaluate": {"split": "test", "limit": None},
+    }
     return ["--settings", json.dumps(settings), "--tokens", tokens, "--model", gguf,
             "--threads", "1", "--metrics", output, "--predictions", output]  # fmt: skip
 
@@ -221,8 +225,8 @@ def test_file_changed_while_it_is_read(
     settings = dataset(tmp_path)
     read = fetch_dataset_module.read_table
 
-    def read_then_change(path: Path, columns: list[str], labels: list[str]) -> pd.DataFrame:
-        table = read(path, columns, labels)
+    def read_then_change(path: Path, *others: Any) -> pd.DataFrame:
+        table = read(path, *others)
         if path.stem == "test":  # all were read now
             (tmp_path / f"{changed}.csv").write_text("text,label\n坏,1\n差,0\n")
         return table

@@ -270,7 +270,7 @@ def trimming_options(model: Path, folder: Path) -> list[str | Path]:
 
 def choosing_options(sources: Path, folder: Path) -> list[str | Path]:
     """Write what choose_file.py and write_leaderboard.py read of one file; return the former's options."""
-    stage = {"size_bytes": 1, "score": 0.9, "interval": [0.8, 1.0], "n": 9, "stored": {},
+    stage = {"size_bytes": 1, "metric": "accuracy", "score": 0.9, "interval": [0.8, 1.0], "n": 9, "stored": {},
              "against_f16": compare_changes(0, 0, 9), "verdict": judge(compare_changes(0, 0, 9), 0.005)}  # fmt: skip
     rate = {"mean": 1.0}
     speed = folder / "speed/q4_k_m.json"

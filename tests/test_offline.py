@@ -10,6 +10,7 @@ import sys
 import tarfile
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -310,9 +311,10 @@ def test_archives_for_devices_are_found_where_the_bundle_was_unpacked(
     tmp_path: Path, no_network: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Packed from the archives of a connected machine, and neither pip nor npm is asked on the other."""
-    downloads = tmp_path / "connected"
-    downloads.mkdir()
-    for name in ("compiler.whl", "browser.tgz"):
+    downloads, poor, other = (tmp_path / name for name in ("connected", "poor", "other"))
+    for folder in (downloads, poor, other):
+        folder.mkdir()
+    for name in ("always.tgz", "compiler.whl", "browser.tgz"):
         (downloads / name).write_text(name)
     compiler, browser = (
         Package(name, "1", name, sha256(downloads / name), 1)
@@ -321,15 +323,16 @@ def test_archives_for_devices_are_found_where_the_bundle_was_unpacked(
     monkeypatch.setattr(pack_offline, "zig_package", lambda: compiler)
     monkeypatch.setattr(fetch_wllama, "PACKAGE", browser)
     files: dict[str, dict[str, Any]] = {"model": {}, "dataset": {"files": {"train": "x"}}}
-    pack_offline.pack_offline(files, None, [], None, downloads, tmp_path / "without.tar")
-    assert not unpack(tmp_path / "without.tar", tmp_path / "poor").returncode
-    assert not (tmp_path / "poor/resources/offline/packages").exists()
-    pack_offline.pack_offline(files, None, [], None, downloads, tmp_path / "with.tar", devices=True)
-    result = unpack(tmp_path / "with.tar", tmp_path / "other")
-    assert "packages browser.tgz, compiler.whl" in result.stdout
-    place = tmp_path / "other/resources/offline/packages"
+    pack = partial(pack_offline.pack_offline, files, None, ["always.tgz"], None, downloads)
+    pack(tmp_path / "without.tar")
+    assert not unpack(tmp_path / "without.tar", poor).returncode
+    assert not (poor / "resources/offline/packages/compiler.whl").exists()
+    pack(tmp_path / "with.tar", devices=True)
+    result = unpack(tmp_path / "with.tar", other)
+    assert "packages always.tgz, browser.tgz, compiler.whl" in result.stdout
+    place = other / "resources/offline/packages"
     monkeypatch.setenv("PATH", "")
-    there = tmp_path / "other/resources/downloads"
+    there = other / "resources/downloads"
     assert download_package(compiler, there) == place / "compiler.whl"
     assert download_npm_package(browser, there) == place / "browser.tgz"
     assert not no_network.exists()

@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -69,9 +69,10 @@ def convert(model: Path, output: Path, settings: str = LINEAGE) -> Path:
     return output
 
 
-def write_tokens(model: Path, folder: Path) -> Path:
+def write_tokens(model: Path, folder: Path, texts: Sequence[str] = ()) -> Path:
+    """Write tokens/ and the records of `texts`, or of hard ones."""
     maker = ExampleMaker(load_tokenizer(model), load_task(TASK, COLUMNS), 256)
-    texts = ["房间很干净，但是服务很差。", *(text for text in HARD_TEXTS if text.strip())] * 3
+    texts = texts or ["房间很干净，但是服务很差。", *(t for t in HARD_TEXTS if t.strip())] * 3
     rows = [{"id": str(n), "text": f"{n}{t}", "label": "正面"} for n, t in enumerate(texts)]
     folder.mkdir()
     write_records(folder / "test.jsonl", rows)

@@ -164,6 +164,12 @@ def test_other_answer_is_told_and_a_close_one_may_change(phone: Path) -> None:
     assert told["largest_difference"] == pytest.approx(2.9)
 
 
+def test_bundle_of_text_is_refused(phone: Path) -> None:
+    (phone / "bundle/conformance.jsonl").write_text('{"id": "test-0", "answer": "x"}\n')
+    assert "is of a task whose answers are text" in one_line(run_phone(phone))
+    assert not (phone / "phone.json").exists() and not list((phone / "device").rglob("*.gguf"))
+
+
 @pytest.mark.parametrize(
     ("fault", "words"),
     [("lost", "sending score-dotprod failed (error: device 'R58N' not found)"), ("full", "No space left"),

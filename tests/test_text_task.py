@@ -120,9 +120,11 @@ def test_a_change_reruns_what_depends_on_it(text_run: Path) -> None:
     assert reruns(text_run, train={"metric": "macro_f1"}) == set()
     assert reruns(text_run, evaluate={"margin": 0.01}) == {"compare", "report"}
     assert reruns(text_run, evaluate={"greedy_rows": 10}) == {"evaluate_base", *scored}
-    anew = reruns(text_run, task={"prompt": "{text}\n"})
-    assert {"tokenize", "train", "convert", "evaluate_base", *scored} <= anew
-    assert "fetch_dataset" not in anew
+    for changed in ({"prompt": "{text}\n"}, {"max_answer_tokens": 5}):
+        anew = reruns(text_run, task=changed)
+        assert {"tokenize", "train", "convert", "evaluate_base", *scored} <= anew
+        assert "fetch_dataset" not in anew
+    assert {"fetch_dataset", "tokenize"} <= reruns(text_run, task={"no_answer": "没有"})
 
 
 def test_keys_that_go_by_labels_are_refused(text_run: Path) -> None:

@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from pockettune.common.errors import UserError
+from pockettune.data.chat import render_chat
 from pockettune.data.prompts import Example, ExampleMaker, write_examples
 from pockettune.data.prompts import Examples as Stored
+from pockettune.data.turns import find_turns
 from pockettune.models.folder import load_tokenizer
 from pockettune.tasks import load_task
 from pockettune.training.loop import AnswerWeights, batch_loss
@@ -173,3 +176,24 @@ def padded_loss(model: Any, examples: list[Example], mean_tokens: float) -> torc
         logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
     )
     return losses / mean_tokens / len(examples)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_page_puts_a_conversation_together_as_the_template(family: str, tmp_path: Path) -> None:
+    options = FAMILIES[family][4]
+    tokenizer, _ = make_examples(tmp_path, family, TALK)
+    turns = find_turns(tokenizer, options)
+    talks = [TALK[:1], TALK[:3], [*TALK, {"role": "user", "content": " 三<|im_end|>\n"}]]
+    system = {"role": "system", "content": "听"}
+    for talk in [*talks, *([system, *talk] for talk in talks if turns.system)]:
+        safe = [{**m, "content": m["content"].replace("<|im_end|>", "< |im_end|>")} for m in talk]
+        given = talk if "<|im_end|>" in turns.control else safe
+        assert turns.render(given) == render_chat(tokenizer, safe, options)
+    assert (turns.system is None) == (family == "gemma")
+
+
+def test_template_that_counts_turns_is_refused(tmp_path: Path) -> None:
+    counting = "{% for m in messages %}{{ loop.index }}{{ m['content'] }}<|im_end|>{% endfor %}"
+    make_folder(tmp_path, counting + ASK, IM, "<|im_end|>", None)
+    with pytest.raises(UserError, match="an earlier message otherwise than the last"):
+        find_turns(load_tokenizer(tmp_path), {})

@@ -248,6 +248,7 @@ def gather_report(
             audit=results / "dataset/audit.json",
             tokens=results / "tokens",
             adapter=results / "adapter",
+            samples=None,
             vocabulary=None,
             base=next((finished_run / "resources/models").glob("base@*/")),
             benchmarks=sorted((results / "benchmarks").glob("*.tsv")),
@@ -452,11 +453,15 @@ def bring_teacher(folder: Path) -> None:
     edit_run("train", teacher={"path": copy_as_teacher(folder)})(folder)
 
 
-def add_onnx(folder: Path) -> None:
-    """Ask for an ONNX file, as if its packages were here: nothing is run."""
-    (folder / ".packages/onnx").mkdir(parents=True, exist_ok=True)
-    (folder / ".packages/onnx/installed").touch()
-    edit_run("quantize", small={"format": "onnx", "type": "int4"})(folder)
+def add_format(name: str, kind: str) -> Callable[[Path], None]:
+    """Ask for a file of another format, as if its packages were here: nothing is run."""
+
+    def add(folder: Path) -> None:
+        (folder / ".packages" / name).mkdir(parents=True, exist_ok=True)
+        (folder / ".packages" / name / "installed").touch()
+        edit_run("quantize", small={"format": name, "type": kind})(folder)
+
+    return add
 
 
 REBUILDS: dict[str, tuple[Callable[[Path], object], dict[str, int]]] = {
@@ -497,10 +502,15 @@ REBUILDS: dict[str, tuple[Callable[[Path], object], dict[str, int]]] = {
     "choose.margin": (edit_run("choose", margin=0.05), {"choose": 1, "report": 1, "all": 1}),
     "choose, given up": (edit_config(lambda c: c.pop("choose"), "runs/small.yaml"), {"report": 1, "all": 1}),
     "another variant": (edit_run("quantize", q4_0={"type": "Q4_0"}), ONE_VARIANT),
-    "a variant of another format": (
-        add_onnx,
+    "a variant of format onnx": (
+        add_format("onnx", "int4"),
         {"export_onnx_float": 1, "check_parity_onnx": 1, "export_onnx": 1, "evaluate_onnx_float": 1, "evaluate_onnx": 1,
          "measure_speed_onnx": 1, **AFTER_EVALUATION},
+    ),
+    "a variant of format litert": (
+        add_format("litert", "dynamic_wi8_afp32"),
+        {"export_litert": 1, "check_parity_litert": 1, "quantize_litert": 1, "evaluate_litert_float": 1, "evaluate_litert": 1,
+         "measure_speed_litert": 1, **AFTER_EVALUATION},
     ),
     "another variant, with importance": (edit_run("quantize", q4_0={"type": "Q4_0", "importance": True}),
                                          {"measure_importance": 1, **ONE_VARIANT}),

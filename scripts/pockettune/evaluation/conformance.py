@@ -168,6 +168,9 @@ def find_cause(task: Mapping[str, Any], rows: Sequence[Row], server: Server) -> 
     def ask(way: Callable[[Row], Reply | None]) -> list[Reply | None]:
         return [way(row) for row in rows]
 
+    def ask_talks(talks: Sequence[Sequence[Mapping[str, str]]]) -> list[Reply]:
+        return [server.chat(talk, greedy=True) for talk in talks]
+
     def mends(replies: Sequence[Reply | None]) -> bool:
         return all(
             reply is not None and judge(row, reply) in ("right", "near")
@@ -186,17 +189,20 @@ def find_cause(task: Mapping[str, Any], rows: Sequence[Row], server: Server) -> 
     raw = ask(lambda row: server.complete(row["prompt"].removeprefix(task["bos"])))
     if longer_by_one(greedy) or longer_by_one(raw):
         return "BOS"
-    spelled = ask(lambda row: server.chat(messages_of(task, row, spelled=True), greedy=True))
+    talks = [messages_of(task, row, spelled=True) for row in rows]
+    spelled = ask_talks(talks)
     if mends(spelled):
         return "template"
     if None in raw:
         return "unknown"
     if not mends(raw):
         return "other file"
-    talks = [messages_of(task, row, spelled=True) for row in rows]
     if all(talk[0]["role"] == "system" for talk in talks):
         bare = [server.chat(talk[1:], greedy=True) for talk in talks]
-        if bare == spelled:
+        # Not its numbers: what a server keeps of the last prompt moves their last digits.
+        if [(r.text, r.prompt_tokens) for r in bare] == [
+            (r.text, r.prompt_tokens) for r in spelled
+        ]:
             return "system prompt"
     return "template"
 

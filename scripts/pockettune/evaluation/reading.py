@@ -4,7 +4,7 @@ Nothing is generated: behind the question and what of the answer has been read s
 model finds the next token ("teacher forcing"). So every model is asked about the same tokens.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,21 +44,23 @@ def read_answers(
 
     Both are computed as they are compared: kept on the disk, the logits of a thousand answers over a
     large vocabulary would take gigabytes. Where F16's vocabulary was trimmed, `kept` are its tokens' ids
-    here, and the reference is asked for the same tokens under its own ids.
+    here, and the reference is asked for the same tokens under its own ids; what holds others, as a text
+    that train had not, is read and not compared.
     """
     sequences = [example.ids()[:-1] for example in examples]
     places = [[place - 1 for place in example.learned()] for example in examples]
     own = logits_at(sequences, places)
-    if reference is None:
-        others: Iterable[np.ndarray | None] = [None] * len(examples)
-    else:
-        others = reference(renumber(sequences, kept), places)
-    pairs = progress(
-        zip(own, others, strict=True), description=description, unit="rows", total=len(examples)
-    )
-    for example, (logits, other) in zip(examples, pairs, strict=True):
+    own_places = None if kept is None else {token: place for place, token in enumerate(kept)}
+    numbered = [renumber(sequence, own_places) for sequence in sequences]
+    others: Iterator[np.ndarray] = iter(())
+    if reference:
+        shared = [(s, p) for s, p in zip(numbered, places, strict=True) if s is not None]
+        others = iter(reference([s for s, _ in shared], [p for _, p in shared]))
+    rows = progress(own, description=description, unit="rows", total=len(examples))
+    for example, logits, shared_ids in zip(examples, rows, numbered, strict=True):
         ids = example.ids()
         targets = [ids[place] for place in example.learned()]
+        other = next(others) if reference and shared_ids is not None else None
         yield read(logits, targets, other, kept)
 
 
@@ -86,12 +88,12 @@ def read(
     )
 
 
-def renumber(sequences: Sequence[Tokens], kept: Sequence[int] | None) -> list[list[int]]:
-    """Return sequences in the ids of a trimmed vocabulary, which `kept` lists."""
-    if kept is None:
-        return [list(sequence) for sequence in sequences]
-    places = {token: place for place, token in enumerate(kept)}
-    return [[places[token] for token in sequence] for sequence in sequences]
+def renumber(sequence: Tokens, places: Mapping[int, int] | None) -> list[int] | None:
+    """Return a sequence in the ids of a trimmed vocabulary, its `places` by token; None where it lacks one."""
+    if places is None:
+        return list(sequence)
+    found = [places.get(token) for token in sequence]
+    return None if None in found else [place for place in found if place is not None]
 
 
 def describe_reading(readings: Sequence[Reading]) -> dict[str, Any]:

@@ -177,6 +177,7 @@ def describe_all(read: Sequence[Reading]) -> dict[str, Any]:
         )
         told["kl_vocabulary"] = describe_divergence(divergence)
         told["likeliest_equal"] = float(equal.mean())
+        told["compared_tokens"] = len(equal)
     return told
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from pockettune.common import program
 from pockettune.common.errors import UserError
 from pockettune.common.extras import use_extra
+from pockettune.common.native import output_in_log
 from pockettune.data.chat import added_bos, render_chat
 from pockettune.data.serving import context_tokens
 from pockettune.data.task_template import find_frame, quote, write_template
@@ -76,7 +77,7 @@ def make_serving(settings: Mapping[str, Any], model: Path, ends: Sequence[int]) 
             if isinstance(token, str)
         )
         template = told + AS_TEXT + tokenizer.get_chat_template()
-    start = (added_bos(tokenizer) or [None])[0]
+    start = next(iter(added_bos(tokenizer)), None)
     prompt = render_chat(tokenizer, [{"role": "user", "content": "a"}], {}, template=template)
     if start is not None and prompt.startswith(str(tokenizer.bos_token)):
         start = None  # the template writes it
@@ -102,10 +103,10 @@ def write_bundle(tflite: Path, tokenizer: Path, serving: Serving, output: Path) 
         builder.add_llm_metadata(str(metadata))
         builder.add_hf_tokenizer(str(tokenizer))
         # Else LiteRT-LM computes in FP16 where the processor can, which was not scored.
-        builder.add_tflite_model(
-            str(tflite), TfLiteModelType.PREFILL_DECODE, prefer_activation_type="fp32"
-        )
-        with partial.open("wb") as file:
+        with output_in_log("litert-lm-builder"), partial.open("wb") as file:
+            builder.add_tflite_model(
+                str(tflite), TfLiteModelType.PREFILL_DECODE, prefer_activation_type="fp32"
+            )
             builder.build(file)
 
 

@@ -108,7 +108,8 @@ def read_weights(path: Path) -> list[Weight]:
 
 def _readers(model: Any, graph: Any) -> dict[int, set[str]]:
     """Return by each tensor of a graph which operators read it."""
-    operators, readers = _names_of("BuiltinOperator"), {}
+    operators = _names_of("BuiltinOperator")
+    readers: dict[int, set[str]] = {}
     for i in range(graph.OperatorsLength()):
         operator = graph.Operators(i)
         code = model.OperatorCodes(operator.OpcodeIndex())

@@ -82,4 +82,4 @@ class LitertModel:
         positions = np.arange(start, start + tokens.shape[1], dtype=np.int32)
         seen = np.arange(self.capacity) <= positions[:, None]
         mask = np.where(seen, np.float32(0), MASKED)[None, None]
-        return signature(tokens=tokens, input_pos=positions, mask=mask, **cache)  # type: ignore[no-any-return]
+        return signature(tokens=tokens, input_pos=positions, mask=mask, **cache)
