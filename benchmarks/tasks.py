@@ -121,7 +121,7 @@ def label_characters(entities: Sequence[Sequence[Any]], length: int) -> list[str
 
 def check_entities(name: str, stage: str) -> tuple[float, float]:
     """Return micro and macro F1 of a stage's predictions as seqeval counts them."""
-    from seqeval.metrics import f1_score  # type: ignore[import-not-found]
+    from seqeval.metrics import f1_score
 
     table = pd.read_parquet(RESULTS / name / f"predictions/{stage}.parquet")
     texts = pd.read_json(RESULTS / name / "dataset/test.jsonl", lines=True).set_index("id")["text"]
