@@ -147,7 +147,7 @@ def ask_script(answers: dict[str, str]) -> tuple[float, float]:
     files = FOLDER / "asked.json", FOLDER / "answered.json"
     for path, content in zip(files, ({"version": "v1.0", "data": asked}, answers), strict=True):
         program.write_json(path, content)
-    script = [sys.executable, *map(str, (FOLDER / "cmrc2018/cmrc2018_evaluate.py", *files))]
+    script = [sys.executable, str(FOLDER / "cmrc2018/cmrc2018_evaluate.py"), *map(str, files)]
     told = json.loads(subprocess.run(script, check=True, capture_output=True, text=True).stdout)
     assert int(told["TOTAL"]) == len(answers) and int(told["SKIP"]) == 0, told
     return float(told["EM"]) / 100, float(told["F1"]) / 100
