@@ -830,8 +830,8 @@ def test_conversation_goes_on_and_is_cleared(text_app: Path, serve: Callable[...
     for place, text in enumerate((EVIL, "房间")):
         page.page.fill("#text", text)
         page.page.keyboard.press("Control+Enter")
-        done = "document.querySelectorAll('#talk li').length === {} && !document.querySelector('#talk[aria-busy]')"
-        page.page.wait_for_function(done.format(2 * place + 2), timeout=60_000)
+        last = f"#talk:not([aria-busy]) li:nth-child({2 * place + 2})"
+        page.page.wait_for_selector(last, timeout=60_000)
     assert (
         page.page.eval_on_selector_all("#talk li", "all => all.map((li) => li.className)")
         == ["user", "assistant"] * 2
