@@ -137,10 +137,11 @@ def test_training_finds_a_gpu_and_stays_off_the_network(
     run = train()
     wait_for_updates(cluster, checkout)
     (environment,) = [
-        process.environ()
-        for process in psutil.process_iter()
-        if "scripts/train_adapter.py" in process.cmdline()
-        and str(checkout) in process.environ().get("PWD", "")
+        process.info["environ"]
+        # Asked for so, what a process that has ended does not tell is None.
+        for process in psutil.process_iter(["cmdline", "environ"])
+        if "scripts/train_adapter.py" in (process.info["cmdline"] or [])
+        and str(checkout) in (process.info["environ"] or {}).get("PWD", "")
     ]
     assert environment["CUDA_VISIBLE_DEVICES"] == "0"
     assert environment["HF_HUB_OFFLINE"] == "1"
