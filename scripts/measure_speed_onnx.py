@@ -14,7 +14,7 @@ from typing import Any
 
 from pockettune.common import program
 from pockettune.evaluation.metrics import provenance, resident_bytes
-from pockettune.evaluation.speed import measure_rates
+from pockettune.evaluation.speed import GENERATED_TOKENS, PROMPT_TOKENS, measure_rates
 from pockettune.runtimes.onnx import OnnxModel
 
 
@@ -32,7 +32,9 @@ def measure_speed(folder: Path, threads: int) -> dict[str, Any]:
         nonlocal past
         past = model.decode([token], past)[1]
 
-    rates = measure_rates(read, write)
+    # As far as its tables of rotations reach.
+    context = program.read_json(folder / "genai_config.json")["model"]["context_length"]
+    rates = measure_rates(read, write, min(PROMPT_TOKENS, context - GENERATED_TOKENS))
     after = resident_bytes()
     return {
         **rates,
