@@ -18,20 +18,22 @@ from typing import Any
 import torch
 
 from pockettune.common import program
-from pockettune.common.errors import UserError
 from pockettune.data.prompts import Example, Examples, take_evenly
 from pockettune.data.records import read_records
 from pockettune.models.folder import load_tokenizer, read_kept
 from pockettune.parity import computed, reference, stored
-from pockettune.parity.stored import Result
+from pockettune.parity.results import (
+    PROMPTS_ANSWERED,
+    PROMPTS_COMPUTED,
+    PROMPTS_TOKENIZED,
+    ROOM_TO_STOP,
+    Result,
+    require_passed,
+)
 from pockettune.runtimes.exact import load_exact
 from pockettune.runtimes.llama import LlamaModel
 from pockettune.tasks import Task, load_task
 
-PROMPTS_TOKENIZED = 5_000  # all of them where there are no more
-PROMPTS_COMPUTED = 32
-PROMPTS_ANSWERED = 4
-ROOM_TO_STOP = 8  # tokens beyond the longest answer
 TOKENS_ANSWERED = 40  # at most: each is computed anew with all before it
 
 
@@ -95,15 +97,7 @@ def run_checks(
             *check_file(llama, base, model, gguf, examples, answers, kept, asked),
             *check_computed(llama, base, adapter, model, examples, answers, kept),
         ]
-    for result in results:
-        mark = "passed" if result["passed"] else "FAILED"
-        program.logger.info("%s  %s: %s", mark, result["name"], result["detail"])
-    if failed := [result for result in results if not result["passed"]]:
-        told = " | ".join(f"{result['name']}: {result['detail']}" for result in failed)
-        raise UserError(
-            f"{gguf} is not the merged model {model}: {len(failed)} of {len(results)} checks"
-            f" failed: {told}"
-        )
+    require_passed(results, gguf, model)
     return results
 
 

@@ -18,25 +18,26 @@ import numpy as np
 import torch
 
 from pockettune.common import program
-from pockettune.common.errors import UserError
 from pockettune.common.native import output_in_log
 from pockettune.data.prompts import Example, Examples, take_evenly
 from pockettune.data.records import read_records
 from pockettune.litert.bundles import make_serving, open_bundle, write_bundle
 from pockettune.models.folder import load_tokenizer
 from pockettune.parity import exported
-from pockettune.parity.exported import Result
 from pockettune.parity.litert import check_tensors
 from pockettune.parity.reference import generate_greedy, logits_of_torch
+from pockettune.parity.results import (
+    PROMPTS_ANSWERED,
+    PROMPTS_COMPUTED,
+    PROMPTS_RENDERED,
+    PROMPTS_TOKENIZED,
+    ROOM_TO_STOP,
+    Result,
+    require_passed,
+)
 from pockettune.runtimes.exact import load_exact
 from pockettune.runtimes.litert import LitertModel
 from pockettune.tasks import load_task
-
-PROMPTS_TOKENIZED = 5_000  # all of them where there are no more
-PROMPTS_RENDERED = 200
-PROMPTS_COMPUTED = 32
-PROMPTS_ANSWERED = 4
-ROOM_TO_STOP = 8  # tokens beyond the longest answer
 
 
 def check_parity_litert(a: argparse.Namespace) -> None:
@@ -49,14 +50,7 @@ def check_parity_litert(a: argparse.Namespace) -> None:
         check_computed(a, examples, answers["ids"]),
         *check_bundle(a, examples, answers),
     ]
-    for result in results:
-        mark = "passed" if result["passed"] else "FAILED"
-        program.logger.info("%s  %s: %s", mark, result["name"], result["detail"])
-    if failed := [result for result in results if not result["passed"]]:
-        told = " | ".join(f"{result['name']}: {result['detail']}" for result in failed)
-        raise UserError(
-            f"{a.export} is not the merged model {a.model}: {len(failed)} of {len(results)} checks failed: {told}"
-        )
+    require_passed(results, a.export, a.model)
     program.write_json(a.output, {"passed": True, "checks": results})
 
 

@@ -18,13 +18,20 @@ import numpy as np
 import torch
 
 from pockettune.common import program
-from pockettune.common.errors import UserError
 from pockettune.data.prompts import Example, Examples, take_evenly
 from pockettune.data.records import read_records
 from pockettune.models.folder import load_tokenizer
 from pockettune.parity import exported
-from pockettune.parity.exported import Result
 from pockettune.parity.reference import generate_greedy, logits_of_torch
+from pockettune.parity.results import (
+    PROMPTS_ANSWERED,
+    PROMPTS_COMPUTED,
+    PROMPTS_RENDERED,
+    PROMPTS_TOKENIZED,
+    ROOM_TO_STOP,
+    Result,
+    require_passed,
+)
 from pockettune.runtimes.exact import load_exact
 from pockettune.runtimes.onnx import (
     CHAT_TEMPLATE,
@@ -35,12 +42,6 @@ from pockettune.runtimes.onnx import (
     stop_tokens,
 )
 from pockettune.tasks import Message, load_task
-
-PROMPTS_TOKENIZED = 5_000  # all of them where there are no more
-PROMPTS_RENDERED = 200
-PROMPTS_COMPUTED = 32
-PROMPTS_ANSWERED = 4
-ROOM_TO_STOP = 8  # tokens beyond the longest answer
 
 
 def check_parity_onnx(a: argparse.Namespace) -> None:
@@ -57,14 +58,7 @@ def check_parity_onnx(a: argparse.Namespace) -> None:
         check_template(model, export, exported.conversations(a.settings, task, few, records)),
         *check_computed(model, export, examples, answers, a.threads),
     ]
-    for result in results:
-        mark = "passed" if result["passed"] else "FAILED"
-        program.logger.info("%s  %s: %s", mark, result["name"], result["detail"])
-    if failed := [result for result in results if not result["passed"]]:
-        told = " | ".join(f"{result['name']}: {result['detail']}" for result in failed)
-        raise UserError(
-            f"{export} is not the merged model {model}: {len(failed)} of {len(results)} checks failed: {told}"
-        )
+    require_passed(results, export, model)
     program.write_json(a.output, {"passed": True, "checks": results})
 
 

@@ -40,14 +40,19 @@ def open_gguf(
             model.vocabulary_size,
             facts,
             partial(answer_greedily, model),
-            TextRuntime(
-                prompts,
-                partial(logits_at, model),
-                partial(generate, model, ends=model.end_tokens()),
-                partial(as_text, model),
-                takes_grammar=True,
-            ),
+            partial(open_text, model, prompts),
         )
+
+
+def open_text(model: LlamaModel, prompts: Sequence[Sequence[int]]) -> TextRuntime:
+    """Return how the file answers with text."""
+    return TextRuntime(
+        prompts,
+        partial(logits_at, model),
+        partial(generate, model, ends=model.end_tokens()),
+        partial(as_text, model),
+        takes_grammar=True,
+    )
 
 
 if __name__ == "__main__":

@@ -51,16 +51,23 @@ def load_runtime(arguments: argparse.Namespace, examples: Sequence[Example]) -> 
         "provenance": provenance("torch", "transformers"),
     }
     prompts = [example.prompt_ids for example in examples]
+    logits = partial(next_token_logits, model)
+    text = partial(open_text, arguments, model, prompts)
+    return stages.Runtime(logits, prompts, vocabulary_size, facts, text=text)
+
+
+def open_text(
+    arguments: argparse.Namespace, model: torch.nn.Module, prompts: Sequence[Sequence[int]]
+) -> TextRuntime:
+    """Return how the model answers with text."""
     tokenizer = load_tokenizer(arguments.model)
     ends = program.read_json(arguments.tokens / "answers.json")["ends"]
-    text = TextRuntime(
+    return TextRuntime(
         prompts,
         partial(logits_at, model),
         partial(generate, model, ends=ends),
         partial(tokenizer.decode, skip_special_tokens=True),
     )
-    logits = partial(next_token_logits, model)
-    return stages.Runtime(logits, prompts, vocabulary_size, facts, text=text)
 
 
 if __name__ == "__main__":

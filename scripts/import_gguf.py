@@ -31,6 +31,7 @@ from pockettune.gguf.files import describe_file
 from pockettune.gguf.tokenizer import write_tokenizer
 from pockettune.models.folder import check_model_folder, load_tokenizer
 from pockettune.parity import computed, stored
+from pockettune.parity.results import Result
 from pockettune.runtimes.exact import load_exact
 from pockettune.runtimes.llama import LlamaModel, start_backend
 
@@ -97,9 +98,7 @@ def find_template(source: Source, own: str | None) -> str:
     )
 
 
-def check_import(
-    source: Source, folder: Path, threads: int, own_template: bool
-) -> list[stored.Result]:
+def check_import(source: Source, folder: Path, threads: int, own_template: bool) -> list[Result]:
     """Compare the folder in PyTorch with the file in llama.cpp; UserError names what differs."""
     tokenizer = load_tokenizer(folder)
     prompts = list(make_prompts(tokenizer, source))
@@ -173,7 +172,7 @@ def logits_dequantized(
         copy.unlink()
 
 
-def compare(name: str, found: np.ndarray, expected: np.ndarray, bound: float) -> stored.Result:
+def compare(name: str, found: np.ndarray, expected: np.ndarray, bound: float) -> Result:
     """Compare logits over the whole vocabulary, all of whose tokens count as answers."""
     faults, numbers = computed.compare_logits(found, expected, range(expected.shape[1]), bound)
     detail = list_faults(faults) if faults else computed.describe(numbers)

@@ -7,14 +7,18 @@ Output  JSON: {"prompt": {"tokens", "mean", "deviation"}, "generation": {…}} i
         "resident_bytes": what loading and running it added, "threads"
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pockettune.common import program
-from pockettune.evaluation.metrics import provenance, resident_bytes
-from pockettune.evaluation.speed import GENERATED_TOKENS, PROMPT_TOKENS, measure_rates
+from pockettune.evaluation.metrics import resident_bytes
+from pockettune.evaluation.speed import (
+    GENERATED_TOKENS,
+    PROMPT_TOKENS,
+    describe_cost,
+    measure_rates,
+    run,
+)
 from pockettune.runtimes.llama import LlamaModel
 
 
@@ -29,31 +33,8 @@ def measure_speed(gguf: Path, threads: int) -> dict[str, Any]:
                 context.decode([(0, 0, prompt)])
 
             rates = measure_rates(read, lambda token, place: context.decode([(0, place, [token])]))
-        after = resident_bytes()
-    return {
-        **rates,
-        "resident_bytes": after - before if before and after else None,
-        "threads": threads,
-        "provenance": provenance("llama-cpp-python"),
-    }
-
-
-def main() -> None:
-    parser = program.argument_parser(__doc__)
-    parser.add_argument("--model", type=Path, required=True, help="GGUF file")
-    parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--output", type=Path, required=True, help="JSON to write")
-
-    def work(a: argparse.Namespace) -> None:
-        result = measure_speed(a.model, a.threads)
-        program.write_json(a.output, result)
-        program.logger.info(
-            "%s: %s prompt and %s generated tokens a second",
-            a.model, result["prompt"]["mean"], result["generation"]["mean"],
-        )  # fmt: skip
-
-    program.run(parser, work)
+        return describe_cost(rates, before, threads, "llama-cpp-python")
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, "GGUF file", measure_speed)

@@ -7,14 +7,19 @@ Output  JSON: {"prompt": {"tokens", "mean", "deviation"}, "generation": {…}} i
         "resident_bytes": what loading and running it added, "threads"
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pockettune.common import program
-from pockettune.evaluation.metrics import provenance, resident_bytes
-from pockettune.evaluation.speed import GENERATED_TOKENS, PROMPT_TOKENS, measure_rates
+from pockettune.evaluation.metrics import resident_bytes
+from pockettune.evaluation.speed import (
+    GENERATED_TOKENS,
+    PROMPT_TOKENS,
+    describe_cost,
+    measure_rates,
+    run,
+)
 from pockettune.runtimes.onnx import OnnxModel
 
 
@@ -35,31 +40,8 @@ def measure_speed(folder: Path, threads: int) -> dict[str, Any]:
     # As far as its tables of rotations reach.
     context = program.read_json(folder / "genai_config.json")["model"]["context_length"]
     rates = measure_rates(read, write, min(PROMPT_TOKENS, context - GENERATED_TOKENS))
-    after = resident_bytes()
-    return {
-        **rates,
-        "resident_bytes": after - before if before and after else None,
-        "threads": threads,
-        "provenance": provenance("onnxruntime"),
-    }
-
-
-def main() -> None:
-    parser = program.argument_parser(__doc__)
-    parser.add_argument("--model", type=Path, required=True, help="folder of export_onnx.py")
-    parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--output", type=Path, required=True, help="JSON to write")
-
-    def work(a: argparse.Namespace) -> None:
-        result = measure_speed(a.model, a.threads)
-        program.write_json(a.output, result)
-        program.logger.info(
-            "%s: %s prompt and %s generated tokens a second",
-            a.model, result["prompt"]["mean"], result["generation"]["mean"],
-        )  # fmt: skip
-
-    program.run(parser, work)
+    return describe_cost(rates, before, threads, "onnxruntime")
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, "folder of export_onnx.py", measure_speed)

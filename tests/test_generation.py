@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from conftest import CONVERTER, LINEAGE, run_program
 from pockettune.common.errors import UserError
 from pockettune.models.folder import load_model, load_tokenizer
-from pockettune.runtimes import generation, generation_pytorch
+from pockettune.runtimes import generation, generation_pytorch, packing
 from pockettune.runtimes.answers import Generation, log_probability
 from pockettune.runtimes.grammar import ASKED, Grammar, candidates
 from pockettune.runtimes.greedy import as_text
@@ -294,14 +294,16 @@ def test_logits_of_given_answers_are_pytorchs(
         for prompt, answer in zip(prompts, answers, strict=True):
             logits = pytorch(input_ids=torch.tensor([[*prompt, *answer]]), use_cache=False).logits
             expected.append(logits[0, len(prompt) - 1 : -1].numpy())
-    packed = list(generation_pytorch.answer_logits(pytorch, prompts, answers))
+    sequences = [[*p, *a[:-1]] for p, a in zip(prompts, answers, strict=True)]
+    places = [range(len(p) - 1, len(s)) for p, s in zip(prompts, sequences, strict=True)]
+    packed = list(packing.logits_at(pytorch, sequences, places))
     together = list(generation.answer_logits(llama, prompts, answers))
     # Sequences that go on in the next batch, and more rows than a batch may ask for.
     monkeypatch.setattr(generation, "TOKENS_A_BATCH", 19)
     monkeypatch.setattr(generation, "LOGITS_HELD", 0)
-    monkeypatch.setattr(generation_pytorch, "LOGITS_HELD", 2**16)
+    monkeypatch.setattr(packing, "ROWS_A_PASS", 8)
     cut = list(generation.answer_logits(llama, prompts, answers))
-    apart = list(generation_pytorch.answer_logits(pytorch, prompts, answers))
+    apart = list(packing.logits_at(pytorch, sequences, places))
     for got, bound in ((packed, 1e-4), (apart, 1e-4), (together, NEAR), (cut, NEAR)):
         assert [a.shape for a in got] == [(len(answer), 512) for answer in answers]
         assert max(np.abs(a - b).max() for a, b in zip(got, expected, strict=True)) < bound

@@ -156,12 +156,17 @@ class ExampleMaker:
         stream = iter(records)
         # The tokenizer works on many prompts at once, on all cores.
         while batch := list(islice(stream, ROWS_A_BATCH)):
-            asked = [(record, question) for record in batch for question in self._ask(record)]
-            prompts = [render_prompt(self.tokenizer, self.task, question) for _, question in asked]
+            safe = [self.task.clean(record, self.defuse) for record in batch]
+            asked = [
+                (record, clean != record, question)
+                for record, clean in zip(batch, safe, strict=True)
+                for question in self._ask(clean)
+            ]
+            prompts = [render_prompt(self.tokenizer, self.task, question) for *_, question in asked]
             encoded = self.tokenizer(prompts, add_special_tokens=False)["input_ids"]
             examples = (
-                self._example(record, question, prompt, begin_with(self.bos, plain), labelled)
-                for (record, question), prompt, plain in zip(asked, prompts, encoded, strict=True)
+                self._example(*of, prompt, begin_with(self.bos, plain), labelled)
+                for of, prompt, plain in zip(asked, prompts, encoded, strict=True)
             )
             for _, of_record in groupby(examples, key=lambda example: example.record):
                 yield from number(join_turns(of_record))
@@ -175,17 +180,22 @@ class ExampleMaker:
         return [*encode_plain(self.tokenizer, answer), self.end]
 
     def _ask(self, record: Record) -> list[Record]:
-        """Return the questions about a record, without control tokens in its texts."""
-        safe = self.task.clean(record, self.defuse)
+        """Return the questions about a record."""
         if self.text is None:
-            return [safe]
-        return self.text.questions(safe, self._count_tokens, self.max_length - self.longest)
+            return [record]
+        return self.text.questions(record, self._count_tokens, self.max_length - self.longest)
 
     def _count_tokens(self, question: Record) -> int:
         return len(encode(self.tokenizer, render_prompt(self.tokenizer, self.task, question)))
 
     def _example(
-        self, record: Record, question: Record, prompt: str, ids: list[int], labelled: bool
+        self,
+        record: Record,
+        defused: bool,
+        question: Record,
+        prompt: str,
+        ids: list[int],
+        labelled: bool,
     ) -> Example:
         fitted = question
         if len(ids) > self.max_length - self.longest:
@@ -205,7 +215,7 @@ class ExampleMaker:
             reference=told,
             seen=record.get("seen", False),
             cut=fitted is not question,
-            defused=self.task.clean(record, self.defuse) != record,
+            defused=defused,
             record=record["id"],
         )
 

@@ -50,7 +50,7 @@ def read_answers(
     sequences = [example.ids()[:-1] for example in examples]
     places = [[place - 1 for place in example.learned()] for example in examples]
     own = logits_at(sequences, places)
-    own_places = None if kept is None else {token: place for place, token in enumerate(kept)}
+    own_places = places_of(kept)
     numbered = [renumber(sequence, own_places) for sequence in sequences]
     others: Iterator[np.ndarray] = iter(())
     if reference:
@@ -72,13 +72,14 @@ def read(
     likeliest = logits.argmax(axis=1)
     divergence = equal = None
     if other is not None:
-        shown = slice(None) if kept is None else list(kept)
-        width = min(
-            logits[:, shown].shape[1], other.shape[1]
-        )  # of a padded vocabulary, what both have
-        both = normalise(other[:, :width]), normalise(logits[:, shown][:, :width])
-        divergence = kl_divergence(*both)
-        equal = both[0].argmax(axis=1) == both[1].argmax(axis=1)
+        shown = logits if kept is None else logits[:, list(kept)]
+        width = min(shown.shape[1], other.shape[1])  # of a padded vocabulary, what both have
+        # Of the whole vocabulary that is done already.
+        whole = kept is None and width == logits.shape[1]
+        own = scores if whole else normalise(shown[:, :width])
+        expected = normalise(other[:, :width])
+        divergence = kl_divergence(expected, own)
+        equal = expected.argmax(axis=1) == own.argmax(axis=1)
     return Reading(
         tokens=len(targets),
         log_probability=float(scores[np.arange(len(targets)), targets].sum()),
@@ -86,6 +87,11 @@ def read(
         divergence=divergence,
         likeliest_equal=equal,
     )
+
+
+def places_of(kept: Sequence[int] | None) -> dict[int, int] | None:
+    """Return by each token's id that in a trimmed vocabulary, which `kept` lists; None without one."""
+    return None if kept is None else {token: place for place, token in enumerate(kept)}
 
 
 def renumber(sequence: Tokens, places: Mapping[int, int] | None) -> list[int] | None:

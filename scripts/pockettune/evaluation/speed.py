@@ -4,10 +4,15 @@ As llama-bench does: a warm-up, then repetitions; a prompt of 512 tokens in one 
 one after another.
 """
 
+import argparse
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from pockettune.common import program
+from pockettune.evaluation.metrics import provenance, resident_bytes
 
 PROMPT_TOKENS, GENERATED_TOKENS, REPETITIONS = 512, 32, 3
 
@@ -51,3 +56,37 @@ def describe(tokens: int, rates: tuple[float, ...]) -> dict[str, float]:
         "mean": round(statistics.mean(rates), 1),
         "deviation": round(statistics.stdev(rates), 1),
     }
+
+
+def describe_cost(
+    rates: Mapping[str, Any], before: int | None, threads: int, package: str
+) -> dict[str, Any]:
+    """Return the rates with what this process, which held `before` bytes, took more to get them.
+
+    To be called while the model is loaded.
+    """
+    after = resident_bytes()
+    return {
+        **rates,
+        "resident_bytes": after - before if before and after else None,
+        "threads": threads,
+        "provenance": provenance(package),
+    }
+
+
+def run(docstring: str | None, model: str, measure: Callable[[Path, int], dict[str, Any]]) -> None:
+    """Run a program that measures a `model`, as its help calls it, with a number of threads."""
+    parser = program.argument_parser(docstring)
+    parser.add_argument("--model", type=Path, required=True, help=model)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--output", type=Path, required=True, help="JSON to write")
+
+    def work(a: argparse.Namespace) -> None:
+        result = measure(a.model, a.threads)
+        program.write_json(a.output, result)
+        program.logger.info(
+            "%s: %s prompt and %s generated tokens a second",
+            a.model, result["prompt"]["mean"], result["generation"]["mean"],
+        )  # fmt: skip
+
+    program.run(parser, work)

@@ -36,7 +36,8 @@ class Runtime:
     facts: dict[str, Any] = field(default_factory=dict)  # worth telling beside the metrics
     # Takes prompts and a limit of tokens, returns what is answered; None where it did not end.
     answer_greedily: Callable[[Sequence[Tokens], int], list[str | None]] | None = None
-    text: TextRuntime | None = None  # how it answers with text
+    # Makes what answers with text, which takes more to be made; None where there is none.
+    text: Callable[[], TextRuntime] | None = None
 
 
 # Takes the arguments and the examples.
@@ -148,7 +149,7 @@ def evaluate_text(
     with open_runtime(arguments, examples) as runtime, open_reference(arguments) as reference:
         assert runtime.text is not None, "every runtime of this program has one"
         table, facts = score_text(
-            task, runtime.text, examples, questions, settings.get("greedy_rows"),
+            task, runtime.text(), examples, questions, settings.get("greedy_rows"),
             arguments.metrics.stem, reference, read_kept(getattr(arguments, "vocabulary", None)),
         )  # fmt: skip
     result = {

@@ -7,7 +7,7 @@ F16 where that is given.
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -16,7 +16,13 @@ import pandas as pd
 
 from pockettune.data.prompts import Example, take_evenly
 from pockettune.evaluation.observers import describe_divergence
-from pockettune.evaluation.reading import LogitsAt, Reading, describe_reading, read_answers
+from pockettune.evaluation.reading import (
+    LogitsAt,
+    Reading,
+    describe_reading,
+    places_of,
+    read_answers,
+)
 from pockettune.runtimes.answers import Generation
 from pockettune.tasks import Record, TextTask
 
@@ -38,7 +44,6 @@ class TextRuntime:
     generate: Generate
     decode: Callable[[Tokens], Any]  # to text
     takes_grammar: bool = False
-    facts: dict[str, Any] = field(default_factory=dict)  # worth telling beside the metrics
 
 
 @dataclass
@@ -113,11 +118,7 @@ def score_text(
     by_record = {group[0].record: answer for group, answer in zip(chosen, answers, strict=True)}
     facts: dict[str, Any] = {
         "reading": describe_all(read),
-        "generated": {
-            "rows": len(answers),
-            "ended": sum(answer.ended for answer in answers),
-            "understood": sum(answer.prediction is not None for answer in answers),
-        },
+        "generated": count_answers(answers),
     }
     if answers:
         facts["noise"] = measure_noise(task, runtime, chosen, answers, questions, places)
@@ -126,8 +127,8 @@ def score_text(
         few = take_evenly(records, free_rows)
         held = generate_answers(task, runtime, few, questions, places, grammar)
         facts["constrained"] = describe_constrained(task, few, held)
-    if kept is not None:  # what is compared is F16's own ids; -1: a token that it has not
-        own = {token: place for place, token in enumerate(kept)}
+    # What is compared is F16's own ids; -1: a token that it has not.
+    if (own := places_of(kept)) is not None:
         for answer in answers:
             answer.ids = [[own.get(token, -1) for token in ids] for ids in answer.ids]
     return make_table(task, records, readings, by_record), facts
@@ -210,10 +211,17 @@ def describe_constrained(
         for group, answer in zip(records, answers, strict=True)
     ]
     return {
+        **count_answers(answers),
+        task.metric: task.measure(np.sum(counts, axis=0).tolist()),
+    }
+
+
+def count_answers(answers: Sequence[Answer]) -> dict[str, int]:
+    """Return how many answers there are, ended, and are understood."""
+    return {
         "rows": len(answers),
         "ended": sum(answer.ended for answer in answers),
         "understood": sum(answer.prediction is not None for answer in answers),
-        task.metric: task.measure(np.sum(counts, axis=0).tolist()),
     }
 
 

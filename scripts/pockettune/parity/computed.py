@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from pockettune.parity.reference import logits_of_torch
-from pockettune.parity.stored import Result, make_result
+from pockettune.parity.results import Result
+from pockettune.parity.stored import make_result
 from pockettune.runtimes.exact import load_exact
 from pockettune.runtimes.llama import LlamaModel
 

@@ -16,12 +16,12 @@ from pockettune.data.chat import render_chat
 from pockettune.data.prompts import Example
 from pockettune.evaluation.statistics import normalise
 from pockettune.models.folder import tensor_shapes
+from pockettune.parity.results import Result
 from pockettune.tasks import Message, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Result = dict[str, Any]
 Tokens = Sequence[int]
 
 # Both compute in fp32, so only the order of summation differs. Seen: at most 4.6e-5 in log probabilities

@@ -8,7 +8,8 @@ from safetensors import safe_open
 
 from pockettune.litert.files import digest, read_weights
 from pockettune.models.folder import read_header, weight_files
-from pockettune.parity.exported import Result, make_result
+from pockettune.parity.exported import make_result
+from pockettune.parity.results import Result
 
 
 def check_tensors(tflite: Path, model: Path) -> Result:

@@ -20,13 +20,13 @@ from pockettune.data.task_template import with_text
 from pockettune.data.trial_texts import HARD_TEXTS
 from pockettune.gguf.files import list_tensors, read_vectors, tensor_faults
 from pockettune.models.folder import embedding_rows, read_header, tensor_shapes, weight_files
+from pockettune.parity.results import Result
 from pockettune.runtimes.llama import LlamaModel
 from pockettune.tasks import Message, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Result = dict[str, Any]
 
 POSITIONS = "position_embd.weight"  # learned (GPT-2), which the converter stores as F32
 TOKENS_OF_VOCABULARY, TOKENS_A_TEXT = 512, 16

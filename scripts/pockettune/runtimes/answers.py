@@ -1,7 +1,7 @@
-"""Answers of free text, as every runtime generates or scores them; a runtime's module has two functions:
+"""Answers of free text, as every runtime generates or scores them, by two functions:
 
-generate        the likeliest token after the likeliest, up to an end or to a number of tokens
-answer_logits   the logits at every position of given answers (teacher forcing)
+generate    the likeliest token after the likeliest, up to an end or to a number of tokens
+logits_at   the logits at every position of given answers (teacher forcing)
 """
 
 from collections.abc import Sequence

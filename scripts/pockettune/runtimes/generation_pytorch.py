@@ -1,4 +1,4 @@
-"""Free text in PyTorch: generates answers, and scores answers that are given, as generation.py in llama.cpp.
+"""Free text in PyTorch: generates answers as generation.py does in llama.cpp; packing.logits_at reads given ones.
 
 For base, adapter and merged model, on a sample where the machine has no GPU. Models are those that were
 loaded with packing's attention.
@@ -8,20 +8,17 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import DynamicCache
 
 from pockettune.runtimes.answers import (
-    LOGITS_HELD,
     Generation,
     Tokens,
-    check_lengths,
     find_room,
     log_probability,
 )
 from pockettune.runtimes.batching import group_by_tokens
-from pockettune.runtimes.packing import ATTENTION, TOKENS_A_PASS, packed_logits
+from pockettune.runtimes.packing import ATTENTION, TOKENS_A_PASS
 
 # transformers' own attention; packing's keeps no keys and values.
 WITH_CACHE = "eager"
@@ -101,34 +98,6 @@ def _generate_together(
         ids = torch.tensor([[answers[number][-1]] for number in running], device=device)
         mask = torch.nn.functional.pad(mask[rows], (0, 1), value=1)
     return [Generation(*parts) for parts in zip(answers, ended, sums, strict=True)]
-
-
-def answer_logits(
-    model: torch.nn.Module, prompts: Sequence[Tokens], answers: Sequence[Tokens]
-) -> Iterator[np.ndarray]:
-    """Yield for each prompt the logits at every position of its answer: (len(answer), vocabulary), float32.
-
-    Row i is what the model says behind the prompt and the answer's first i tokens. Raises UserError,
-    before the first, for those that are longer than the model's context.
-    """
-    # Nothing is asked for behind an answer's last token, so it need not be computed.
-    sequences = [([*p, *a[:-1]], len(a)) for p, a in zip(prompts, answers, strict=True)]
-    if (context := _context_length(model)) is not None:
-        check_lengths([len(sequence) for sequence, _ in sequences], context)
-    if not all(answers):
-        raise ValueError("an answer without a token")
-    return _answer_logits(model, sequences)
-
-
-def _answer_logits(model: Any, sequences: Sequence[tuple[list[int], int]]) -> Iterator[np.ndarray]:
-    limit = TOKENS_A_PASS[next(model.parameters()).device.type]
-    # A row of logits takes as much of a pass as so many tokens.
-    row = -(-limit * 4 * model.get_input_embeddings().num_embeddings // LOGITS_HELD)
-    for group in group_by_tokens(sequences, limit, lambda item: len(item[0]) + row * item[1]):
-        places = [range(len(sequence) - count, len(sequence)) for sequence, count in group]
-        with torch.inference_mode():
-            logits = packed_logits(model, [sequence for sequence, _ in group], places)
-        yield from (rows.float().cpu().numpy() for rows in logits.split([n for _, n in group]))
 
 
 def _context_length(model: Any) -> int | None:
