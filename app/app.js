@@ -803,10 +803,10 @@ function tellTook({ seconds, ids, said, cut, ended, forgotten }) {
 }
 
 /** Show an answer as its task is: entities in the text and by type, else what was written. */
-function showAnswer(text, { answer }) {
+function showAnswer(text, { answer, ended }) {
   const { types, no_answer } = app.task;
   if (!types) return tell("said", answer.trim() === no_answer ? say("no_answer") : answer.trim());
-  const found = readEntities(answer, text, app.task);
+  const found = readEntities(answer, text, app.task, ended);
   if (found === null) return tell("said", `${say("other_form")} ${answer}`);
   tell("said", found.length === 0 ? say("nothing") : "");
   $("marked").replaceChildren(...markedText(text, found));

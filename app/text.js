@@ -36,31 +36,47 @@ export function withoutOldest(messages) {
 // ---------------------------------------------------------------- entities
 
 /**
- * The entities of an answer that stand in the text, as lines `type: name`
- * (scripts/pockettune/tasks/entity_answers.py): [{type, name, start, end}], or null where it is not of that form.
+ * The entities of an answer, [["type","name"],...] (scripts/pockettune/tasks/entity_answers.py), that stand in the
+ * text: [{type, name, start, end}], or null where it is not of that form. Of an answer that did not end, those that did.
  */
-export function readEntities(answer, text, task) {
-  if (answer.trim() === task.no_answer) return [];
+export function readEntities(answer, text, task, ended = true) {
   const types = Object.values(task.types);
-  const named = answer.trim().split("\n").map((line) => {
-    const [type, ...rest] = line.split(": ");
-    return { type, name: rest.join(": ").trim() };
-  });
-  if (!named.every(({ type, name }) => name && types.includes(type))) return null;
+  const named = ended ? asPairs(answer, types) : salvagePairs(answer, types);
+  if (!named) return null;
   const placed = [];
   let behind = 0;
-  for (const entity of named) {
-    let start = freePlace(entity.name, text, behind, placed);
-    if (start < 0) start = freePlace(entity.name, text, 0, placed);
+  for (const [type, name] of named) {
+    let start = freePlace(name, text, behind, placed);
+    if (start < 0) start = freePlace(name, text, 0, placed);
     if (start < 0) continue;
-    behind = start + entity.name.length;
-    placed.push({ ...entity, start, end: behind });
+    behind = start + name.length;
+    placed.push({ type, name, start, end: behind });
   }
   return placed;
 }
 
+function salvagePairs(answer, types) {
+  for (let end = answer.lastIndexOf("]"); end > 0; end = answer.lastIndexOf("]", end - 1)) {
+    const found = asPairs(`${answer.slice(0, end)}]]`, types);
+    if (found) return found;
+  }
+  return null;
+}
+
+function asPairs(answer, types) {
+  let found;
+  try {
+    found = JSON.parse(answer);
+  } catch {
+    return null;
+  }
+  const pairs = Array.isArray(found) && found.every((pair) =>
+    Array.isArray(pair) && pair.length === 2 && types.includes(pair[0]) && typeof pair[1] === "string");
+  return pairs ? found : null;
+}
+
 function freePlace(name, text, from, placed) {
-  let start = text.indexOf(name, from);
+  let start = name ? text.indexOf(name, from) : -1;
   while (start >= 0 && placed.some((other) => start < other.end && other.start < start + name.length))
     start = text.indexOf(name, start + 1);
   return start;

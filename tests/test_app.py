@@ -793,17 +793,27 @@ def test_entities_are_of_the_grammar_and_marked_in_the_text(text_app: Path, serv
     for written in ask_model(
         page, "Promise.resolve(model.write({ text: '房间' })).then((w) => [w.answer])"
     ):
-        assert re.match(r"(地点|东西): |无$", written), written
+        assert re.match(r'\[\]$|\[\["(地点|东西)","', written), written
     told = [
         {"type": "地点", "name": "北京", "start": 1, "end": 3},
         {"type": "地点", "name": "北京", "start": 4, "end": 6},
     ]
-    read = "text.readEntities('地点: 北京\\n东西: 船\\n地点: 北京', '在北京和北京', model.task)"
+    read = """text.readEntities('[["地点","北京"],["东西","船"],["地点","北京"]]', '在北京和北京', model.task)"""
     assert ask_model(page, read) == told, "what does not stand in the text is left out"
-    assert ask_model(page, "text.readEntities('正面', '房间', model.task)") is None
+    for other in (
+        "正面",
+        '[["地点","北京"]',
+        '[["国名","北京"]]',
+        '[["地点",1]]',
+        '{"地点":"北京"}',
+    ):
+        assert ask_model(page, f"text.readEntities('{other}', '北京', model.task)") is None, other
+    cut = """text.readEntities('[["地点","北京"],["东西","船]', '北京的船', model.task, false)"""
+    assert ask_model(page, cut) == [{"type": "地点", "name": "北京", "start": 0, "end": 2}]
+    answer = json.dumps(json.dumps([["地点", EVIL], ["东西", "水"]], ensure_ascii=False))
     page.page.evaluate(
         "async () => { const { app } = await import('/app.js');"
-        f" app.model.write = async () => ({{ answer: '地点: {EVIL}\\n东西: 水', said: [1], ids: [1], seconds: 0, cut: null, ended: true }}); }}"
+        f" app.model.write = async () => ({{ answer: {answer}, said: [1], ids: [1], seconds: 0, cut: null, ended: true }}); }}"
     )
     page.ask(f"喝水 {EVIL}")
     assert page.page.eval_on_selector_all("mark", "all => all.map((m) => m.firstChild.data)") == [

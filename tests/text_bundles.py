@@ -17,7 +17,7 @@ from tokenize_dataset import tokenize_dataset
 
 ROWS = 24
 TASKS: dict[str, dict[str, Any]] = {
-    "entities": {"prompt": "{text}\n情感：", "types": {"PLACE": "地点", "THING": "东西"}, "no_answer": "无"},
+    "entities": {"prompt": "{text}\n情感：", "types": {"PLACE": "地点", "THING": "东西"}},
     "answer": {"prompt": "{text}\n{question}\n情感：", "no_answer": "无", "count": "characters", "stride": 16},
     "chat": {"prompt": ""},
 }  # fmt: skip
