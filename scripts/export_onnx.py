@@ -8,7 +8,6 @@ Output  <variant>.onnx/: model.onnx and its weights, genai_config.json (stop tok
 
 import json
 import logging
-import math
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -23,24 +22,23 @@ from pockettune.common.errors import UserError
 from pockettune.data.serving import context_tokens
 from pockettune.data.task_template import find_frame, write_template
 from pockettune.evaluation.metrics import provenance
-from pockettune.models.folder import load_tokenizer, tensor_shapes
+from pockettune.models.folder import count_parameters, load_tokenizer
 from pockettune.runtimes.onnx import CHAT_TEMPLATE, CONFIG, MADE, WEIGHTS, import_genai
 from pockettune.tasks import load_task
 
 # The oldest ONNX Runtime that was seen to load what this exporter writes, of all types; 1.22.1 refuses it.
 NEEDS = "1.23.2"
 LEAST_CONTEXT = 1024
+BITS = {"fp32": 32, "int8": 8, "int4": 4}  # of a weight, at least
 
 
 def export_onnx(settings: Mapping[str, Any], model: Path, threads: int, output: Path) -> None:
     """Write `model` by the recipe to the folder `output`."""
     recipe = settings["recipe"]
     torch.set_num_threads(threads)
-    parameters = sum(map(math.prod, tensor_shapes(model).values()))
+    parameters = count_parameters(model)
     context = max(context_tokens(settings["tokenize"]["max_length"]), LEAST_CONTEXT)
-    with program.staged(
-        output, needed=parameters * (4 if recipe["type"] == "fp32" else 1)
-    ) as partial:
+    with program.staged(output, needed=parameters * BITS[recipe["type"]] // 8) as partial:
         build(model, recipe, context, partial)
         finish_config(partial / CONFIG, context)
         write_chat_template(model, settings, partial)
