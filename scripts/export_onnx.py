@@ -11,6 +11,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,11 +20,19 @@ import torch
 
 from pockettune.common import program
 from pockettune.common.errors import UserError
+from pockettune.common.extras import use_extra
 from pockettune.data.serving import context_tokens
 from pockettune.data.task_template import find_frame, write_template
 from pockettune.evaluation.metrics import provenance
 from pockettune.models.folder import count_parameters, load_tokenizer
-from pockettune.runtimes.onnx import CHAT_TEMPLATE, CONFIG, MADE, WEIGHTS, import_genai
+from pockettune.runtimes.onnx import (
+    CHAT_TEMPLATE,
+    CONFIG,
+    MADE,
+    WEIGHTS,
+    as_numbers,
+    import_genai,
+)
 from pockettune.tasks import load_task
 
 # The oldest ONNX Runtime that was seen to load what this exporter writes, of all types; 1.22.1 refuses it.
@@ -52,6 +61,7 @@ def export_onnx(settings: Mapping[str, Any], model: Path, threads: int, output: 
 
 def build(model: Path, recipe: Mapping[str, Any], context: int, output: Path) -> None:
     """Run the builder in this process; what it prints goes into the log."""
+    check_version()
     import_genai()
     cache = output / "cache"
     place = ("", str(model), str(output), recipe["type"], "cpu", str(cache))
@@ -71,6 +81,16 @@ def build(model: Path, recipe: Mapping[str, Any], context: int, output: Path) ->
                 " recipes of format gguf"
             ) from error
     shutil.rmtree(cache, ignore_errors=True)
+
+
+def check_version() -> None:
+    """Raise UserError where the ONNX Runtime that is here could not load what is made."""
+    use_extra("onnx")
+    found = version("onnxruntime")
+    if as_numbers(found) < as_numbers(NEEDS):
+        raise UserError(
+            f"onnxruntime {found} is here, exporting needs {NEEDS} or newer: rm -r .packages/onnx && make onnx"
+        )
 
 
 def is_head(self: Any, module: torch.nn.Module) -> bool:

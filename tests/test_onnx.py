@@ -194,7 +194,7 @@ def test_a_runtime_that_is_too_old_is_named(honest: Case, tmp_path: Path) -> Non
 def test_gate_names_a_runtime_that_is_too_old(
     honest: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before anything else: onnxruntime-genai runs in the same one, and would fail by an operator's name."""
+    """Before onnxruntime-genai is loaded, which says in its own words that it finds another one."""
     use_extra("onnx")
     import onnxruntime
 
@@ -205,6 +205,17 @@ def test_gate_names_a_runtime_that_is_too_old(
     ):
         honest.check(tmp_path / "parity.json")
     assert not (tmp_path / "parity.json").exists()
+
+
+def test_exporter_names_a_runtime_that_is_too_old(
+    honest: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("export_onnx.version", lambda package: "1.22.1")
+    with pytest.raises(
+        UserError, match=r"onnxruntime 1\.22\.1 is here, exporting needs 1\.23\.2 or"
+    ):
+        export_onnx({**SETTINGS, "recipe": INT4}, honest.model, 1, tmp_path / "a.onnx")
+    assert not list(tmp_path.iterdir())
 
 
 def test_folder_that_cannot_be_loaded_is_one_line(honest: Case, tmp_path: Path) -> None:
