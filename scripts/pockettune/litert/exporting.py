@@ -35,14 +35,17 @@ def import_exporter() -> types.ModuleType:
     return export
 
 
-def export_float(model: Path, capacity: int, output: Path) -> None:
-    """Write a model folder as a float .tflite file for conversations of `capacity` tokens."""
+def export_float(model: Path, capacity: int, needed: int, output: Path) -> None:
+    """Write a model folder as a float .tflite file for conversations of `capacity` tokens.
+
+    `needed` bytes of disk it takes at least.
+    """
     # Nothing is fetched: the folder has all.
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     output.parent.mkdir(parents=True, exist_ok=True)
     # The folder's name is one that the next `staged` clears, should this process be killed.
     with (
-        program.staged(output) as partial,
+        program.staged(output, needed) as partial,
         tempfile.TemporaryDirectory(
             dir=output.parent, prefix=f".{output.name}.", suffix=".partial"
         ) as work,
