@@ -15,8 +15,21 @@ from typing import Any
 FIREFOX = next(filter(None, map(shutil.which, ("firefox-esr", "firefox"))), None)
 
 
+KEYS = {"Control": "\ue009", "Enter": "\ue007"}
+ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # under which WebDriver names one
+
+# What pages complained of: errors of scripts and of the policy, and what was written to the console.
+COMPLAINTS = """
+const told = Services.console.getMessageArray().filter((m) => m instanceof Ci.nsIScriptError)
+  .filter((m) => m.sourceName.startsWith(arguments[0])).map((m) => m.errorMessage);
+const written = Cc["@mozilla.org/consoleAPI-storage;1"].getService(Ci.nsIConsoleAPIStorage).getEvents()
+  .filter((e) => e.filename.startsWith(arguments[0])).map((e) => `${e.level}: ${e.arguments.join(" ")}`);
+return [...told, ...written];
+"""
+
+
 class Firefox:
-    """A Firefox without a window, with a profile of its own."""
+    """A Firefox without a window, with a profile of its own; its page by names of Playwright's."""
 
     def __init__(self, folder: Path, locale: str = "en-US") -> None:
         assert FIREFOX
@@ -29,7 +42,8 @@ class Firefox:
         lines = [f"user_pref({json.dumps(k)}, {json.dumps(v)});\n" for k, v in settings.items()]
         (profile / "user.js").write_text("".join(lines))
         self.process = subprocess.Popen(
-            [FIREFOX, "--headless", "--marionette", "--no-remote", "--profile", str(profile)],
+            [FIREFOX, "--headless", "--marionette", "--remote-allow-system-access", "--no-remote", "--profile",
+             str(profile)],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         self.count = 0
@@ -79,6 +93,51 @@ class Firefox:
                 return
             time.sleep(0.2)
         raise TimeoutError(f"{selector}: {self.run('return document.body.innerText')}")
+
+    def evaluate(self, script: str) -> Any:
+        """Return the value of an expression, or of a function, waited for."""
+        return self.run(
+            f"const value = ({script}); return typeof value === 'function' ? value() : value;"
+        )
+
+    def wait_for_selector(self, selector: str, timeout: int = 0) -> None:
+        self.wait(selector)
+
+    def click(self, selector: str) -> None:
+        found = self.ask("WebDriver:FindElement", {"using": "css selector", "value": selector})
+        self.ask("WebDriver:ElementClick", {"id": found["value"][ELEMENT]})
+
+    def fill(self, selector: str, text: str) -> None:
+        self.run(
+            f"const field = document.querySelector({json.dumps(selector)}); field.focus();"
+            f" field.value = {json.dumps(text)}; field.dispatchEvent(new Event('input', {{ bubbles: true }}));"
+        )
+
+    def press(self, keys: str) -> None:
+        """Press keys such as Control+Enter where the focus is."""
+        focus = self.ask("WebDriver:GetActiveElement", {})["value"][ELEMENT]
+        text = "".join(KEYS[key] for key in keys.split("+"))
+        self.ask("WebDriver:ElementSendKeys", {"id": focus, "text": text})
+
+    def inner_text(self, selector: str) -> str:
+        return str(self.run(f"return document.querySelector({json.dumps(selector)}).innerText"))
+
+    def is_visible(self, selector: str) -> bool:
+        return bool(
+            self.run(
+                f"return document.querySelector({json.dumps(selector)}).getClientRects().length > 0"
+            )
+        )
+
+    def complaints(self, url: str) -> list[str]:
+        """Return what a page at this address complained of."""
+        self.ask("Marionette:SetContext", {"value": "chrome"})
+        found = self.ask("WebDriver:ExecuteScript", {"script": COMPLAINTS, "args": [url]})["value"]
+        self.ask("Marionette:SetContext", {"value": "content"})
+        return list(found)
+
+    def resize(self, width: int, height: int) -> None:
+        self.ask("WebDriver:SetWindowRect", {"width": width, "height": height})
 
     def close(self) -> None:
         self.connection.close()
