@@ -277,7 +277,12 @@ def write_page(
     }
     request = json.dumps(body, ensure_ascii=False, indent=2)
     content = {
-        "task": {"labels": [], "turns": None, "grammar": None, "texts": [], **task},
+        "task": {
+            **dict.fromkeys(("turns", "grammar", "stride", "no_answer")),
+            "labels": [],
+            "texts": [],
+            **task,
+        },
         "rows": len(rows),
         "request": request,
         "folder": shlex.quote(str(output)),

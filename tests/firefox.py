@@ -18,14 +18,30 @@ FIREFOX = next(filter(None, map(shutil.which, ("firefox-esr", "firefox"))), None
 KEYS = {"Control": "\ue009", "Enter": "\ue007"}
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # under which WebDriver names one
 
-# What pages complained of: errors of scripts and of the policy, and what was written to the console.
-COMPLAINTS = """
-const told = Services.console.getMessageArray().filter((m) => m instanceof Ci.nsIScriptError)
-  .filter((m) => m.sourceName.startsWith(arguments[0])).map((m) => m.errorMessage);
-const written = Cc["@mozilla.org/consoleAPI-storage;1"].getService(Ci.nsIConsoleAPIStorage).getEvents()
-  .filter((e) => e.filename.startsWith(arguments[0])).map((e) => `${e.level}: ${e.arguments.join(" ")}`);
-return [...told, ...written];
-"""
+# A script of the page, which a blob may be, and how its value comes out.
+AS_MODULE = """let told;
+try {
+  const value = (%s);
+  told = { value: await (typeof value === "function" ? value() : value) };
+} catch (error) {
+  told = { error: String(error) };
+}
+document.dispatchEvent(new CustomEvent("told", { detail: JSON.stringify(told) }));"""
+RUN_MODULE = """const element = document.createElement("script");
+element.type = "module";
+element.src = URL.createObjectURL(new Blob([script], { type: "text/javascript" }));
+return new Promise((resolve) => {
+  document.addEventListener("told", (event) => resolve(event.detail), { once: true });
+  document.head.append(element);
+});"""
+# Errors of scripts and of the policy, and what was written to the console: of pages at an address.
+ERRORS = """return Services.console.getMessageArray().filter((m) => m instanceof Ci.nsIScriptError)
+  .filter((m) => m.sourceName.includes(arguments[0])).map((m) => m.errorMessage)"""
+WRITTEN = """const { classes, interfaces } = Components;
+return classes["@mozilla.org/consoleAPI-storage;1"].getService(interfaces.nsIConsoleAPIStorage).getEvents()
+  .filter((e) => e.filename.includes(arguments[0])).map((e) => `${e.level}: ${e.arguments.join(" ")}`)"""
+NARROW = """const shown = window.gBrowser.selectedBrowser;
+shown.fullZoom = shown.clientWidth / arguments[0];"""
 
 
 class Firefox:
@@ -95,10 +111,15 @@ class Firefox:
         raise TimeoutError(f"{selector}: {self.run('return document.body.innerText')}")
 
     def evaluate(self, script: str) -> Any:
-        """Return the value of an expression, or of a function, waited for."""
-        return self.run(
-            f"const value = ({script}); return typeof value === 'function' ? value() : value;"
+        """Return the value of an expression, or of a function, waited for, as the page's own script has it.
+
+        Scripts of WebDriver see what the page made from outside, and its functions not at all.
+        """
+        told = json.loads(
+            self.run(f"const script = {json.dumps(AS_MODULE % script)}; {RUN_MODULE}")
         )
+        assert "error" not in told, told["error"]
+        return told.get("value")
 
     def wait_for_selector(self, selector: str, timeout: int = 0) -> None:
         self.wait(selector)
@@ -130,14 +151,24 @@ class Firefox:
         )
 
     def complaints(self, url: str) -> list[str]:
-        """Return what a page at this address complained of."""
-        self.ask("Marionette:SetContext", {"value": "chrome"})
-        found = self.ask("WebDriver:ExecuteScript", {"script": COMPLAINTS, "args": [url]})["value"]
-        self.ask("Marionette:SetContext", {"value": "content"})
-        return list(found)
+        """Return what pages at this address complained of."""
+        script = {"script": WRITTEN, "args": [url], "sandbox": "system"}
+        return [
+            *self._run_within(ERRORS, url),
+            *self.ask("WebDriver:ExecuteScript", script)["value"],
+        ]
 
-    def resize(self, width: int, height: int) -> None:
-        self.ask("WebDriver:SetWindowRect", {"width": width, "height": height})
+    def narrow(self, width: int) -> None:
+        """Make the page so many pixels wide, by zoom: no window is narrower than 500."""
+        self.ask("WebDriver:SetWindowRect", {"width": 500, "height": 1000})
+        self._run_within(NARROW, width)
+
+    def _run_within(self, script: str, argument: Any) -> Any:
+        """Run a script in the browser's own window."""
+        self.ask("Marionette:SetContext", {"value": "chrome"})
+        told = self.ask("WebDriver:ExecuteScript", {"script": script, "args": [argument]})
+        self.ask("Marionette:SetContext", {"value": "content"})
+        return told["value"]
 
     def close(self) -> None:
         self.connection.close()

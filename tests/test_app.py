@@ -763,6 +763,7 @@ class FirefoxVisit(Visit):
     def __init__(self, firefox: Firefox, url: str) -> None:
         self.page, self.url = firefox, url
         firefox.open(url)
+        firefox.narrow(360)
 
     def status(self, wanted: str) -> None:
         shown = f"document.body.innerText.includes({json.dumps(wanted)})"
@@ -791,7 +792,6 @@ def browse(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[
             size = {"width": 360, "height": 740}
             return request.getfixturevalue("visit")(url, locale="zh-CN", viewport=size)
         opened.append(Firefox(tmp_path, "zh-CN"))
-        opened[-1].resize(360, 740)
         return FirefoxVisit(opened[-1], url)
 
     if request.param == "firefox" and FIREFOX is None:
@@ -982,10 +982,12 @@ def test_long_text_is_told_while_it_is_read(text_app: Path, serve: Callable[...,
     page.page.fill("#question", "怎么样")
     page.ask(LONG_TEXT)
     seen = page.page.evaluate("window.seen")
-    count = len([text for text in seen if re.match(r"正在阅读：第 \d+ 个窗口，共 \d+ 个", text)])
-    assert count > 2 and f"正在阅读：第 {count} 个窗口，共 {count} 个……" in seen
+    count = len(
+        [text for text in seen if re.match(r"正在阅读文本的第 \d+ 个片段，共 \d+ 个", text)]
+    )
+    assert count > 2 and f"正在阅读文本的第 {count} 个片段，共 {count} 个……" in seen
     assert seen[count + 1 :] == [page.page.inner_text("#said")], "no answer of one window alone"
-    assert f"分 {count} 个窗口提问" in page.page.inner_text("#took")
+    assert f"分成 {count} 个互相重叠的片段来读" in page.page.inner_text("#took")
     stop = "(() => { let left = 3; return () => left-- > 0; })()"
     texts = json.dumps({"text": LONG_TEXT, "question": "怎么样"})
     stopped = ask_model(page, f"model.write({texts}, {{ wanted: {stop} }})")
