@@ -18,10 +18,12 @@ from typing import Any
 from unittest import mock
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from pockettune.common import program
 from pockettune.common.errors import UserError
 from pockettune.common.extras import use_extra
+from pockettune.data.chat import end_of_answer
 from pockettune.data.serving import context_tokens
 from pockettune.data.task_template import find_frame, write_template
 from pockettune.evaluation.metrics import provenance
@@ -50,8 +52,9 @@ def export_onnx(settings: Mapping[str, Any], model: Path, threads: int, output: 
     context = max(context_tokens(settings["tokenize"]["max_length"]), LEAST_CONTEXT)
     with program.staged(output, needed=parameters * BITS[recipe["type"]] // 8) as partial:
         build(model, recipe, context, partial)
-        finish_config(partial / CONFIG, context)
-        write_chat_template(model, settings, partial)
+        tokenizer = load_tokenizer(model)
+        finish_config(partial / CONFIG, context, end_of_answer(tokenizer))
+        write_chat_template(tokenizer, settings, partial)
         shutil.copyfile(model / "tokenizer.json", partial / "tokenizer.json")
         program.write_json(partial / MADE, describe(settings, parameters))
         size = (partial / WEIGHTS).stat().st_size
@@ -191,19 +194,27 @@ def prepare(config: Any, context: int) -> None:
         config.max_position_embeddings = min(config.max_position_embeddings, context)
 
 
-def finish_config(path: Path, context: int) -> None:
-    """Have answers be the likeliest ones, in room for the task: onnxruntime-genai takes all it may use at once."""
+def finish_config(path: Path, context: int, end: int) -> None:
+    """Have answers be the likeliest ones, stop at `end` too, in room for the task: all it may use is taken at once.
+
+    Of a model without generation_config.json, as one of a GGUF file, the builder knows the end of a text alone.
+    """
     config = program.read_json(path)
+    model, known = config["model"], config["model"]["eos_token_id"]
+    model["eos_token_id"] = list(
+        dict.fromkeys([*(known if isinstance(known, list) else [known]), end])
+    )
     config["search"] |= {
         "do_sample": False,
-        "max_length": min(context, config["model"]["context_length"]),
+        "max_length": min(context, model["context_length"]),
     }
     program.write_json(path, config)
 
 
-def write_chat_template(model: Path, settings: Mapping[str, Any], output: Path) -> None:
+def write_chat_template(
+    tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any], output: Path
+) -> None:
     """Write the chat template of card.template where onnxruntime-genai looks for it."""
-    tokenizer = load_tokenizer(model)
     template = tokenizer.get_chat_template()
     if settings["card"]["template"] == "task":
         task = load_task(settings["task"], settings["dataset"])

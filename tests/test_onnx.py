@@ -84,7 +84,8 @@ class Case:
 
 @pytest.fixture(scope="module")
 def honest(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    """Its vocabulary has as many tokens as its MLP has rows, which the builder by itself takes for the head."""
+    """Of a model whose vocabulary has as many tokens as its MLP has rows, which the builder takes for the head,
+    and whose config does not name the token that ends an answer, as of a GGUF file of Gemma's."""
     folder = tmp_path_factory.mktemp("onnx")
     model, export = folder / "model", folder / "onnx_float.onnx"
     shutil.copytree(tiny_model, model)
@@ -92,6 +93,9 @@ def honest(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
     for number, name in enumerate(name for name in weights if name.endswith("norm.weight")):
         weights[name] += number / 64  # no two alike, so that a misplaced one shows
     save_file(weights, model / "model.safetensors", {"format": "pt"})
+    (model / "generation_config.json").unlink()
+    config = program.read_json(model / "config.json")
+    program.write_json(model / "config.json", {**config, "eos_token_id": 0})
     export_onnx({**SETTINGS, "recipe": {"type": "fp32"}}, model, 1, export)
     return Case(model, export, write_tokens(model, folder / "tokens", TEXTS))
 

@@ -42,9 +42,8 @@ HEAD = """\
 {%- endfor -%}
 """
 
-# Of calls in a statement: jinja2 makes two parentheses of each, Python nests 200; Gemma 3 of a GGUF file has
-# 6,249 control tokens, Llama 3 has 256.
-LONGEST_CHAIN = 32
+# Between control tokens, of which the first two are taken that none of them holds.
+MARKS = "\n\t;~^`"
 
 # How a base's template may take spaces off a message, as methods of strings in Python and in Jinja.
 STRIPS = ("", ".lstrip()", ".rstrip()", ".strip()")
@@ -118,22 +117,25 @@ def find_frame(tokenizer: "PreTrainedTokenizerBase", task: Task) -> Frame:
 def write_template(frame: Frame, has_replace: bool = True) -> str:
     """Return the chat template that renders as the frame does.
 
+    The control tokens stand in one string: Gemma 3 of a GGUF file has 6,249, of which a chain of calls nests too
+    deep for jinja2, and a list takes onnxruntime-genai's parser minutes, which searches what is left of the
+    template for each kind of word.
     onnxruntime-genai's engine (0.18.0) has no `replace`: what splits and joins does the same.
     """
-    chains = []
-    for first in range(0, len(frame.control) or 1, LONGEST_CHAIN):
-        text = "text" if first else "found.text"
-        for token in frame.control[first : first + LONGEST_CHAIN]:
-            old, new = quote(token), quote(broken(token))
-            text = (
-                f"{text}.replace({old}, {new})"
-                if has_replace
-                else f"({text}.split({old}) | join({new}))"
-            )
-        chains.append(f"{{%- set text = {text} -%}}\n")
-    message = " + text + ".join(quote(part) for part in frame.parts)
+    breaking = ""
+    if frame.control:
+        row, column = [m for m in MARKS if not any(m in token for token in frame.control)][:2]
+        table = row.join(f"{token}{column}{broken(token)}" for token in frame.control)
+        call = "replace(pair[0], pair[1])" if has_replace else "split(pair[0]) | join(pair[1])"
+        breaking = (
+            f"{{%- for row in {quote(table)}.split({quote(row)}) -%}}\n"
+            f"{{%- set pair = row.split({quote(column)}) -%}}\n"
+            f"{{%- set found.text = found.text.{call} -%}}\n"
+            "{%- endfor -%}\n"
+        )
+    message = " + found.text + ".join(quote(part) for part in frame.parts)
     return (
-        f"{HEAD}{''.join(chains)}{{%- set asked = {message} -%}}\n"
+        f"{HEAD}{breaking}{{%- set asked = {message} -%}}\n"
         f"{{{{- {quote(frame.head)} + asked{frame.strip} + {quote(frame.tail)} -}}}}"
     )
 
