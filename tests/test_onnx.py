@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import test_disk_full
 from check_parity_onnx import check_parity_onnx
 from conftest import kill_in_mid_work, run_program, write_gemma
-from export_onnx import export_onnx, prepare
+from export_onnx import export_onnx, finish_config, prepare
 from formats_run import NEEDS
 from pockettune.common import program
 from pockettune.common.checksums import list_checksums
@@ -84,8 +84,7 @@ class Case:
 
 @pytest.fixture(scope="module")
 def honest(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    """Of a model whose vocabulary has as many tokens as its MLP has rows, which the builder takes for the head,
-    and whose config does not name the token that ends an answer, as of a GGUF file of Gemma's."""
+    """Its vocabulary has as many tokens as its MLP has rows, which the builder by itself takes for the head."""
     folder = tmp_path_factory.mktemp("onnx")
     model, export = folder / "model", folder / "onnx_float.onnx"
     shutil.copytree(tiny_model, model)
@@ -93,9 +92,6 @@ def honest(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
     for number, name in enumerate(name for name in weights if name.endswith("norm.weight")):
         weights[name] += number / 64  # no two alike, so that a misplaced one shows
     save_file(weights, model / "model.safetensors", {"format": "pt"})
-    (model / "generation_config.json").unlink()
-    config = program.read_json(model / "config.json")
-    program.write_json(model / "config.json", {**config, "eos_token_id": 0})
     export_onnx({**SETTINGS, "recipe": {"type": "fp32"}}, model, 1, export)
     return Case(model, export, write_tokens(model, folder / "tokens", TEXTS))
 
@@ -136,6 +132,17 @@ def edited(case: Case, folder: Path, change: Callable[[Path], object]) -> Case:
     shutil.copytree(case.export, folder / "export.onnx")
     change(folder / "export.onnx")
     return replace(case, export=folder / "export.onnx")
+
+
+@pytest.mark.parametrize(("known", "told"), [(1, [1, 106]), ([1, 106], [1, 106])])
+def test_answers_stop_where_the_template_ends_them(known: Any, told: list[int], tmp_path: Path) -> None:  # fmt: skip
+    """The builder knows the end of a turn by names such as <|im_end|>; Gemma's it does not."""
+    program.write_json(
+        tmp_path / CONFIG, {"model": {"eos_token_id": known, "context_length": 512}, "search": {}}
+    )
+    finish_config(tmp_path / CONFIG, 1024, 106)
+    config = program.read_json(tmp_path / CONFIG)
+    assert config["model"]["eos_token_id"] == told and config["search"]["max_length"] == 512
 
 
 def change_json(name: str, **values: Any) -> Callable[[Path], None]:
