@@ -86,6 +86,7 @@ export const WORDS = {
     other_form: "The answer is not of the form that was trained:",
     unended: "the answer was cut off at {count} tokens",
     halted: "stopped",
+    halted_early: "Stopped before the model read anything.",
     forgotten: "the oldest messages were left out: the model reads no more",
     many_how_text: "Paste rows of a spreadsheet, or choose a csv file; the first row names the columns. You get it back with a column more.",
     check_near_text: "{same} of {rows} answered as scored, {near} otherwise from a token on that was so close to another that another build may take that. Largest difference of a log probability: {largest}.",
@@ -171,6 +172,7 @@ export const WORDS = {
     other_form: "回答不是训练时的格式：",
     unended: "回答在 {count} 个词元处被截断",
     halted: "已停止",
+    halted_early: "已停止，模型尚未阅读。",
     forgotten: "最早的消息未读：模型读不了更多",
     many_how_text: "粘贴电子表格中的行，或选择 csv 文件；第一行是列名。得到的表格会多出一列。",
     check_near_text: "{rows} 行中 {same} 行与评测时回答相同，{near} 行从某个词元起不同，但该词元与另一个非常接近，换一个构建版本就可能不同。对数概率的最大差：{largest}。",
@@ -180,6 +182,7 @@ export const WORDS = {
   },
 };
 const LANGUAGE = navigator.language.toLowerCase().startsWith("zh") ? "zh" : "en";
+const MARKS = LANGUAGE === "zh" ? { notes: "；", names: "、" } : { notes: "; ", names: ", " }; // between two
 
 function say(key, values = {}) {
   return WORDS[LANGUAGE][key].replace(/\{(\w+)\}/g, (_, name) => values[name]);
@@ -538,7 +541,7 @@ class Model {
    */
   async write(texts, { onWindow = () => {}, onText, wanted = () => true, ...options } = {}) {
     const began = performance.now();
-    const asked = await this.#questions(texts);
+    const asked = await this.#questions(texts, wanted);
     const windows = [];
     for (const [place, one] of asked.entries()) {
       if (asked.length > 1) onWindow(place + 1, asked.length);
@@ -552,12 +555,15 @@ class Model {
   }
 
   /** The prompts about texts, with their ids: windows where the text is too long and the task knows them, else one. */
-  async #questions(texts) {
+  async #questions(texts, wanted) {
     const { task } = this;
     const others = Object.fromEntries(Object.entries(texts).map(([name, text]) => [name, this.defuse(text)]));
     const write = (text) => promptOf(task, { ...others, text });
     if (task.stride !== undefined && task.no_answer !== undefined) {
-      const ask = (text) => this.encode(write(text));
+      const ask = (text) => {
+        if (!wanted()) throw new Told("halted_early"); // a book has thousands of windows
+        return this.encode(write(text));
+      };
       const whole = await ask(others.text);
       if (whole.ids.length <= this.longest) return [whole];
       const windows = await askInWindows(others.text, task.stride, this.longest, ask);
@@ -678,6 +684,7 @@ function fillWords(task) {
   document.documentElement.lang = LANGUAGE === "zh" ? "zh-CN" : "en";
   if (task?.turns) Object.assign($("text_label").dataset, { words: "message" });
   if (task?.turns) Object.assign($("answer").dataset, { words: "send" });
+  if (task?.turns) $("text").rows = 3; // below the conversation
   if (task && !task.labels) $("many_how").dataset.words = "many_how_text";
   $("talk").setAttribute("aria-label", say("conversation"));
   for (const id of ["said", "answers"]) $(id).classList.toggle("text", task !== undefined && !task.labels);
@@ -795,7 +802,7 @@ async function answerText(event) {
     tell("said", isSure(result) ? result.answer : `${result.answer} (${say("unsure")})`);
     $("labels").replaceChildren(...model.words.map((word, i) => labelItem(word, result.probabilities[i])));
     const took = say("took", { seconds: result.seconds.toFixed(1), tokens: result.ids.length });
-    tell("took", result.cut === null ? took : `${took}; ${say("cut", { count: result.cut })}`);
+    tell("took", result.cut === null ? took : took + MARKS.notes + say("cut", { count: result.cut }));
   });
 }
 
@@ -845,7 +852,7 @@ function tellTook({ seconds, windows, left, cut, said, ended, forgotten }) {
   if (cut !== null) notes.push(say("cut", { count: cut }));
   if (forgotten) notes.push(say("forgotten"));
   if (!ended || left > 0) notes.push(app.wanted ? say("unended", { count: said.length }) : say("halted"));
-  tell("took", notes.join("; "));
+  tell("took", notes.join(MARKS.notes));
 }
 
 /** Show an answer as its task is: entities in the text and by type, else what was written. */
@@ -877,10 +884,11 @@ function markedText(text, found) {
 
 function entityItem(type, names) {
   const item = document.createElement("li");
+  item.className = "names";
   const kind = document.createElement("span");
   const list = document.createElement("span");
   kind.textContent = type;
-  list.textContent = names.join(LANGUAGE === "zh" ? "、" : ", ");
+  list.textContent = names.join(MARKS.names);
   item.append(kind, list);
   return item;
 }
@@ -895,7 +903,13 @@ function addMessage(role, text) {
   item.append(who, said);
   $("talk").append(item);
   show("talk");
+  showLast();
   return said;
+}
+
+/** Have the end of the conversation in view, which scrolls by itself. */
+function showLast() {
+  $("talk").scrollTop = $("talk").scrollHeight;
 }
 
 /** Send a message of a conversation; one that is not answered at all does not stay in it. */
@@ -909,8 +923,11 @@ async function sendMessage(content) {
   show("clear");
   $("talk").setAttribute("aria-busy", "true");
   await watched("said", async (model) => {
-    const result = await model.reply([...system, ...asked], writing(place));
+    const how = writing(place);
+    const onText = (text) => { how.onText(text); showLast(); };
+    const result = await model.reply([...system, ...asked], { ...how, onText });
     place.textContent = result.answer.trim() || say("silent");
+    showLast();
     app.talk = [...asked, { role: "assistant", content: result.answer }];
     tellTook(result);
   });
@@ -928,9 +945,16 @@ function clearTalk() {
 
 /** What a table gets for a text: the cells of its new columns. */
 async function answerCells(model, text) {
-  if (model.words.length === 0) return [text.trim() === "" ? "" : (await model.write({ text }, { wanted: () => app.wanted })).answer];
+  if (model.words.length === 0) return [text.trim() === "" ? "" : textCell(text, await model.write({ text }, { wanted: () => app.wanted }))];
   const result = text.trim() === "" ? null : await model.ask(text);
   return [result?.answer ?? "", result ? result.probability.toFixed(4) : ""];
+}
+
+/** An answer as text: of entities those that stand in the text, a line each. */
+function textCell(text, { answer }) {
+  const found = app.task.types ? readEntities(answer, text, app.task) : null;
+  if (found === null) return answer;
+  return found.length === 0 ? app.task.no_answer : found.map(({ type, name }) => `${type}: ${name}`).join("\n");
 }
 
 /** Take a table's text: offer its columns, or say what is wrong with it. */

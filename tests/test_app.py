@@ -801,6 +801,13 @@ def browse(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[
         firefox.close()
 
 
+# How many pixels of the last message are below what is shown of the conversation.
+HIDDEN_END = """(() => {
+  const talk = document.getElementById("talk");
+  return talk.lastChild.getBoundingClientRect().bottom - talk.getBoundingClientRect().bottom;
+})()"""
+
+
 def of_kind(kind: str) -> pytest.MarkDecorator:
     """Have a test run with the app of one task of text alone."""
     return pytest.mark.parametrize("text_app", [kind], indirect=True)
@@ -870,24 +877,29 @@ def test_entities_are_of_the_grammar_and_marked_in_the_text(text_app: Path, serv
     assert page.page.evaluate("document.images.length") == 0
     assert page.page.evaluate("document.querySelectorAll('#labels li').length") == 2
     page.page.click("#many summary")
-    page.page.fill("#table", "text,n\n喝水,1\n ,2")
+    page.page.fill("#table", f"text,n\n喝水{EVIL},1\n ,2")
     page.page.click("#run")
     page.page.wait_for_selector("#save:not([hidden])", timeout=60_000)
     saved = page.page.evaluate("fetch(document.getElementById('save').href).then((r) => r.text())")
-    assert [len(row) for row in csv.reader(io.StringIO(saved))] == [3, 3, 3]
+    rows = list(csv.reader(io.StringIO(saved, newline="")))
+    assert [row[2] for row in rows[1:]] == [f"地点: {EVIL}\n东西: 水", ""], (
+        "what stands in the text"
+    )
+    assert page.page.evaluate("document.querySelector('#answers td:last-child').clientWidth") > 160
 
 
 @of_kind("chat")
 def test_conversation_goes_on_and_is_cleared(text_app: Path, serve: Callable[..., Served], browse: Callable[..., Visit]) -> None:  # fmt: skip
     page = browse(serve(text_app).url)
     page.load()
-    for place, text in enumerate((EVIL, "房间")):
+    for place, text in enumerate((EVIL, "房间", GOOD, BAD)):
         page.page.fill("#text", text)
         page.press("Control+Enter")
         last = f"#talk:not([aria-busy]) li:nth-child({2 * place + 2})"
         page.page.wait_for_selector(last, timeout=60_000)
     roles = "[...document.querySelectorAll('#talk li')].map((li) => li.className)"
-    assert page.page.evaluate(roles) == ["user", "assistant"] * 2
+    assert page.page.evaluate(roles) == ["user", "assistant"] * 4
+    assert page.page.evaluate(HIDDEN_END) <= 0, "the last answer is in view"
     assert page.page.evaluate("document.images.length") == 0
     stopped = ask_model(page, "text.writeAnswer(model, [1, 2, 3], { wanted: () => false })")
     assert stopped == {"answer": "", "said": [], "ended": False, "scores": []}
@@ -994,10 +1006,17 @@ def test_long_text_is_told_while_it_is_read(text_app: Path, serve: Callable[...,
     assert count > 2 and f"正在阅读文本的第 {count} 个片段，共 {count} 个……" in seen
     assert seen[count + 1 :] == [page.page.inner_text("#said")], "no answer of one window alone"
     assert f"分成 {count} 个互相重叠的片段来读" in page.page.inner_text("#took")
-    stop = "(() => { let left = 3; return () => left-- > 0; })()"
     texts = json.dumps({"text": LONG_TEXT, "question": "怎么样"})
-    stopped = ask_model(page, f"model.write({texts}, {{ wanted: {stop} }})")
+    stopped = ask_model(
+        page,
+        f"(() => {{ let at = 0; return model.write({texts}, {{ onWindow: (n) => at = n, wanted: () => at < 2 }}); }})()",
+    )
     assert len(stopped["windows"]) == 1 and stopped["left"] == count - 1
+    assert stopped["ended"] and stopped["answer"] == stopped["windows"][0]["answer"]
+    nothing = ask_model(
+        page, f"model.write({texts}, {{ wanted: () => false }}).catch((e) => e.key)"
+    )
+    assert nothing == "halted_early"
     page.page.fill("#question", "怎么样" * 200)
     page.page.click("#answer")
     page.status("问题太长，文本已放不下。")
