@@ -367,9 +367,9 @@ def test_full_disk_is_one_line(
 ) -> None:
     """Of the float export, and of what is made of it."""
     settings = json.dumps({"tokenize": {"max_length": 128}})
-    export = ["--settings", settings, "--model", honest.model, "--threads", "1"]
+    export: list[str | Path] = ["--settings", settings, "--model", honest.model, "--threads", "1"]
     output = small / "a.tflite"
-    calls = {
+    calls: dict[str, list[str | Path]] = {
         "export_litert.py": export,
         "quantize_litert.py": quantize_options(honest, TYPES[0], output),
     }
