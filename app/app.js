@@ -1,6 +1,8 @@
 // The page: a text is asked about as it was in training, by the same llama.cpp, compiled for browsers.
 // Nothing leaves the device; index.html's Content-Security-Policy sees to that.
-import { Grammar, compareText, promptOf, promptOfContent, promptOfTalk, readEntities, withoutOldest, writeAnswer } from "./text.js";
+import {
+  Grammar, askInWindows, compareText, compareWindows, promptOf, promptOfContent, promptOfTalk, readEntities, takeLikeliest, withoutOldest, writeAnswer,
+} from "./text.js";
 import { Wllama } from "./wllama.js";
 
 // ---------------------------------------------------------------- words
@@ -65,6 +67,8 @@ export const WORDS = {
     why_prompt: "the prompt differs",
     why_ids: "the tokens differ",
     why_answer: "the answer differs",
+    why_windows: "the windows of its text differ",
+    why_choice: "another window's answer was taken",
     question: "Question",
     message: "Message",
     send: "Send",
@@ -73,8 +77,12 @@ export const WORDS = {
     you: "You",
     model: "Model",
     no_question: "Type a question.",
+    long_question: "The question is too long: no room is left for the text.",
+    window: "Reading window {place} of {count} of the text …",
+    windows: "the text is too long to be read at once: it was read in {count} windows that overlap, and the likeliest answer taken",
     no_answer: "The text has no answer.",
     nothing: "Nothing was found in the text.",
+    silent: "The model wrote nothing.",
     other_form: "The answer is not of the form that was trained:",
     unended: "the answer was cut off at {count} tokens",
     halted: "stopped",
@@ -144,6 +152,8 @@ export const WORDS = {
     why_prompt: "提示词不同",
     why_ids: "词元不同",
     why_answer: "回答不同",
+    why_windows: "文本的片段不同",
+    why_choice: "取了另一个片段的回答",
     question: "问题",
     message: "消息",
     send: "发送",
@@ -152,8 +162,12 @@ export const WORDS = {
     you: "您",
     model: "模型",
     no_question: "请输入问题。",
+    long_question: "问题太长，文本已放不下。",
+    window: "正在阅读文本的第 {place} 个片段，共 {count} 个……",
+    windows: "文本太长，一次读不完：分成 {count} 个互相重叠的片段来读，取了其中概率最大的回答",
     no_answer: "文本中没有答案。",
     nothing: "文本中没有找到。",
+    silent: "模型没有写任何内容。",
     other_form: "回答不是训练时的格式：",
     unended: "回答在 {count} 个词元处被截断",
     halted: "已停止",
@@ -474,6 +488,7 @@ class Model {
         if (tried.ids.length <= room) [fits, best] = [middle, tried];
         else beyond = middle;
       }
+      if (best.ids.length > room) throw new Told("long_question");
     }
     return { ...best, cut: fits < characters.length || text.length > most ? fits : null };
   }
@@ -517,13 +532,38 @@ class Model {
     return { answer: this.words[best], probability: probabilities[best], probabilities, scores, prompt, ids, cut, seconds };
   }
 
-  /** Write the answer about texts: writeAnswer's, with prompt, ids, cut and seconds. */
-  async write(texts, options) {
+  /**
+   * Write the answer about texts: writeAnswer's of the window that was taken, with its prompt and ids, with cut,
+   * seconds, all `windows` (most often one), and how many are `left`, where it was stopped.
+   */
+  async write(texts, { onWindow = () => {}, onText, wanted = () => true, ...options } = {}) {
     const began = performance.now();
+    const asked = await this.#questions(texts);
+    const windows = [];
+    for (const [place, one] of asked.entries()) {
+      if (asked.length > 1) onWindow(place + 1, asked.length);
+      const how = { grammar: this.grammar, onText: asked.length > 1 ? undefined : onText, wanted, ...options };
+      const written = await writeAnswer(this, one.ids, how);
+      if (place > 0 && !wanted()) break; // what was being written is no answer
+      windows.push({ cut: null, ...one, ...written });
+    }
+    const taken = takeLikeliest(windows, this.task.no_answer);
+    return { ...taken, windows, left: asked.length - windows.length, seconds: (performance.now() - began) / 1000 };
+  }
+
+  /** The prompts about texts, with their ids: windows where the text is too long and the task knows them, else one. */
+  async #questions(texts) {
+    const { task } = this;
     const others = Object.fromEntries(Object.entries(texts).map(([name, text]) => [name, this.defuse(text)]));
-    const asked = await this.prompt(texts.text, (text) => promptOf(this.task, { ...others, text }));
-    const written = await writeAnswer(this, asked.ids, { grammar: this.grammar, ...options });
-    return { ...asked, ...written, seconds: (performance.now() - began) / 1000 };
+    const write = (text) => promptOf(task, { ...others, text });
+    if (task.stride !== undefined && task.no_answer !== undefined) {
+      const ask = (text) => this.encode(write(text));
+      const whole = await ask(others.text);
+      if (whole.ids.length <= this.longest) return [whole];
+      const windows = await askInWindows(others.text, task.stride, this.longest, ask);
+      if (windows !== null) return windows;
+    }
+    return [await this.prompt(texts.text, write)];
   }
 
   /** Write the answer to a conversation; `forgotten`: whether its oldest messages were left out. */
@@ -538,8 +578,8 @@ class Model {
     const forgotten = kept.length < messages.length;
     if (asked.ids.length > this.longest)
       asked = await this.prompt(messages.at(-1).content, (content) => promptOfTalk(this.task, [...kept.slice(0, -1), { role: "user", content }]));
-    const written = await writeAnswer(this, asked.ids, { grammar: this.grammar, ...options });
-    return { cut: null, ...asked, ...written, forgotten, seconds: (performance.now() - began) / 1000 };
+    const written = { cut: null, ...asked, ...(await writeAnswer(this, asked.ids, { grammar: this.grammar, ...options })) };
+    return { ...written, windows: [written], left: 0, forgotten, seconds: (performance.now() - began) / 1000 };
   }
 
   /** Answer a row of conformance.jsonl as it was scored: without a grammar. */
@@ -782,7 +822,11 @@ async function watched(place, work) {
   show("halt", false);
 }
 
-const writing = (place) => ({ onText: (text) => { place.textContent = text; }, wanted: () => app.wanted });
+const writing = (place) => ({
+  onText: (text) => { place.textContent = text; },
+  onWindow: (number, count) => { place.textContent = say("window", { place: number, count }); },
+  wanted: () => app.wanted,
+});
 
 async function writeAbout(texts) {
   if (app.task.texts.includes("question") && texts.question.trim() === "") return tell("said", say("no_question"));
@@ -794,19 +838,21 @@ async function writeAbout(texts) {
   });
 }
 
-function tellTook({ seconds, ids, said, cut, ended, forgotten }) {
-  const notes = [say("took", { seconds: seconds.toFixed(1), tokens: ids.length + said.length })];
+function tellTook({ seconds, windows, left, cut, said, ended, forgotten }) {
+  const tokens = windows.reduce((sum, window) => sum + window.ids.length + window.said.length, 0);
+  const notes = [say("took", { seconds: seconds.toFixed(1), tokens })];
+  if (windows.length > 1) notes.push(say("windows", { count: windows.length }));
   if (cut !== null) notes.push(say("cut", { count: cut }));
   if (forgotten) notes.push(say("forgotten"));
-  if (!ended) notes.push(app.wanted ? say("unended", { count: said.length }) : say("halted"));
+  if (!ended || left > 0) notes.push(app.wanted ? say("unended", { count: said.length }) : say("halted"));
   tell("took", notes.join("; "));
 }
 
 /** Show an answer as its task is: entities in the text and by type, else what was written. */
-function showAnswer(text, { answer }) {
+function showAnswer(text, { answer, ended }) {
   const { types, no_answer } = app.task;
-  if (!types) return tell("said", answer.trim() === no_answer ? say("no_answer") : answer.trim());
-  const found = readEntities(answer, text, app.task);
+  if (!types) return tell("said", answer.trim() === no_answer ? say("no_answer") : answer.trim() || say("silent"));
+  const found = readEntities(answer, text, app.task, ended);
   if (found === null) return tell("said", `${say("other_form")} ${answer}`);
   tell("said", found.length === 0 ? say("nothing") : "");
   $("marked").replaceChildren(...markedText(text, found));
@@ -864,7 +910,7 @@ async function sendMessage(content) {
   $("talk").setAttribute("aria-busy", "true");
   await watched("said", async (model) => {
     const result = await model.reply([...system, ...asked], writing(place));
-    place.textContent = result.answer;
+    place.textContent = result.answer.trim() || say("silent");
     app.talk = [...asked, { role: "assistant", content: result.answer }];
     tellTook(result);
   });
@@ -999,7 +1045,7 @@ async function conform(model, rows, onProgress = () => {}) {
   const told = { rows: rows.length, same: 0, near: 0, largest: 0, first: null, why: null };
   for (const [done, row] of rows.entries()) {
     if (!row.labels) {
-      count(told, row, compareText(row, await replayed(model, row, told), model.task.near));
+      count(told, row, await compareWritten(model, row, told));
       onProgress(done + 1);
       continue;
     }
@@ -1012,14 +1058,20 @@ async function conform(model, rows, onProgress = () => {}) {
   return told;
 }
 
-/** Answer a row of text; note how far the log probabilities of the tokens that it shares with what was scored are. */
-async function replayed(model, row, told) {
-  const result = await model.replay(row);
-  for (const [place, score] of result.scores.entries()) {
+/** Answer a row of text again, in windows where it was: what is otherwise. */
+async function compareWritten(model, row, told) {
+  const result = row.windows ? await model.write(row.texts, { grammar: null }) : await model.replay(row);
+  const pairs = row.windows ? row.windows.map((window, place) => [window, result.windows[place]]) : [[row, result]];
+  for (const [scored, now] of pairs) noteDifference(told, scored, now);
+  return row.windows ? compareWindows(row, result, model.task) : compareText(row, result, model.task.near);
+}
+
+/** Note how far the log probabilities of the tokens are that an answer shares with what was scored. */
+function noteDifference(told, row, now) {
+  for (const [place, score] of now?.scores.entries() ?? []) {
     told.largest = Math.max(told.largest, Math.abs(score - (row.log_probabilities[place] ?? score)));
-    if (result.said[place] !== row.answer_ids[place]) break;
+    if (now.said[place] !== row.answer_ids[place]) break;
   }
-  return result;
 }
 
 async function checkAnswers() {

@@ -8,8 +8,9 @@ Output  <variant>.onnx/: model.onnx and its weights, genai_config.json (stop tok
 
 import json
 import logging
+import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
@@ -71,7 +72,7 @@ def build(model: Path, recipe: Mapping[str, Any], context: int, output: Path) ->
         try:
             options = builder.parse_extra_options(*place, builder_options(recipe))
             prepare(options["hf_details"]["hf_config"], context)
-            with mock.patch.object(builder.Model, "has_lm_head", is_head):
+            with mock.patch.multiple(builder.Model, **mends(builder.Model)):
                 builder.create_model(*place, **options)
         except (NotImplementedError, KeyError, AttributeError) as error:
             config = program.read_json(model / "config.json")
@@ -81,6 +82,18 @@ def build(model: Path, recipe: Mapping[str, Any], context: int, output: Path) ->
                 " recipes of format gguf"
             ) from error
     shutil.rmtree(cache, ignore_errors=True)
+
+
+def mends(builder: Any) -> dict[str, Any]:
+    """Return what takes the place of methods of the builder (0.18.0), by their names."""
+    return {
+        "has_lm_head": is_head,
+        "load_weights": in_full_precision(builder.load_weights),
+        "make_tied_embeddings_init": share_int8(builder.make_tied_embeddings_init),
+        "make_tied_quantized_embedding_input_names": name_int8(
+            builder.make_tied_quantized_embedding_input_names
+        ),
+    }
 
 
 def check_version() -> None:
@@ -99,6 +112,53 @@ def is_head(self: Any, module: torch.nn.Module) -> bool:
     A vocabulary that was trimmed may have as many tokens as an MLP has rows.
     """
     return module is self.weights.get_output_embeddings()
+
+
+def in_full_precision(load: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
+    """Return the builder's reader of weights, mended for Gemma.
+
+    Gemma's norms multiply by 1 + weight. The builder adds the 1 in the file's FP16, where PyTorch adds it in
+    fp32, and rounds the factor of embeddings, the root of their width, to two decimals.
+    """
+
+    def load_mended(self: Any, place: str) -> Any:
+        model = load(self, place)
+        if self.layernorm_attrs["add_offset"]:
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter.data = parameter.data.float()
+        exact = math.sqrt(self.hidden_size)
+        if self.embed_attrs["scale"] == round(exact, 2):
+            self.embed_attrs["scale"] = exact
+        return model
+
+    return load_mended
+
+
+def share_int8(tie: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+    """Return the builder's choice of one matrix for embeddings and head, mended for int8.
+
+    It makes the choice for int4 alone, and leaves int8 the table of embeddings in fp32 beside the head.
+    """
+
+    def tie_mended(self: Any, config: Any) -> None:
+        tie(self, config)
+        if self.extra_options["shared_embeddings"] and self.is_lm_head_quantized():
+            self.tied_quantized_embeddings = True
+
+    return tie_mended
+
+
+def name_int8(names: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return the builder's names of the shared matrix, mended for int8: it takes those of another algorithm."""
+
+    def names_mended(self: Any) -> Any:
+        bits, *others = names(self)
+        if bits == 8 and self.quantization_algo == "default":
+            others = ["lm_head.MatMul.weight_Q8", "lm_head.MatMul.weight_scales", ""]
+        return bits, *others
+
+    return names_mended
 
 
 def builder_options(recipe: Mapping[str, Any]) -> list[str]:

@@ -15,14 +15,17 @@ from safetensors.torch import load_file, save_file
 
 import test_disk_full
 from check_parity_onnx import check_parity_onnx
-from conftest import kill_in_mid_work, run_program
+from conftest import kill_in_mid_work, run_program, write_gemma
 from export_onnx import export_onnx, prepare
 from formats_run import NEEDS
 from pockettune.common import program
 from pockettune.common.checksums import list_checksums
 from pockettune.common.errors import UserError
 from pockettune.common.extras import use_extra
+from pockettune.evaluation.statistics import normalise
 from pockettune.parity.exported import check_logits, check_token_ids
+from pockettune.parity.reference import logits_of_torch
+from pockettune.runtimes.exact import load_exact
 from pockettune.runtimes.onnx import (
     CHAT_TEMPLATE,
     CONFIG,
@@ -91,6 +94,14 @@ def honest(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
     save_file(weights, model / "model.safetensors", {"format": "pt"})
     export_onnx({**SETTINGS, "recipe": {"type": "fp32"}}, model, 1, export)
     return Case(model, export, write_tokens(model, folder / "tokens", TEXTS))
+
+
+@pytest.fixture(scope="module")
+def int8(honest: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("onnx") / "int8.onnx"
+    recipe = {"format": "onnx", "type": "int8", "block": 32, "accuracy_level": 4}
+    export_onnx({**SETTINGS, "recipe": recipe}, honest.model, 1, folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -245,6 +256,16 @@ def test_int4_stores_what_it_says(honest: Case, int4: Path) -> None:
     assert np.abs(logits[0] - logits[1]).max() > 1e-3, "what computes the same was not quantized"
 
 
+def test_int8_stores_embeddings_and_head_once(honest: Case, int8: Path) -> None:
+    told = describe_folder(int8)
+    assert told["tensor_types"] == {"INT8": 11} and told["embedding_type"] == "INT8"
+    assert (
+        told["bits_per_weight"] < 11
+    )  # 9, and rotations for 1,024 positions; with a table in fp32 beside 16
+    logits = [next(OnnxModel(f, 1).next_token_logits(PROMPTS)) for f in (honest.export, int8)]
+    assert 1e-4 < np.abs(logits[0] - logits[1]).max() < 0.05
+
+
 def test_greedy_answers_end_at_a_stop_token(honest: Case) -> None:
     model, tokenizer = OnnxModel(honest.export, 1), OnnxTokenizer(honest.export)
     model.stops = set()
@@ -276,6 +297,17 @@ def test_rotations_of_gemma_3_are_laid_out_as_the_builder_reads_them() -> None:
     scaled = Namespace(rope_parameters={"rope_type": "llama3"}, max_position_embeddings=131072)
     prepare(scaled, 1024)
     assert scaled.max_position_embeddings == 131072, "its rotations depend on it"
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text"])
+def test_gemma_computes_what_pytorch_does(kind: str, tiny_model: Path, tmp_path: Path) -> None:
+    """Prompts are longer than the window."""
+    model = write_gemma(kind, tiny_model, tmp_path / "model")
+    export_onnx({**SETTINGS, "recipe": {"type": "fp32"}}, model, 1, tmp_path / "out")
+    prompts = [[1, *range(5, 5 + n), 7, n] for n in (3, 13, 14, 15, 16, 40)]
+    found = np.stack(list(OnnxModel(tmp_path / "out", 1).next_token_logits(prompts)))
+    expected = logits_of_torch(load_exact(model), prompts)
+    assert np.abs(normalise(found) - normalise(expected)).max() < 2e-5
 
 
 def test_checks_name_nan_and_a_tokenizer_of_another_kind(honest: Case) -> None:

@@ -66,6 +66,10 @@ class Frame:
             text = text.replace(token, broken(token))
         return self.head + stripped(text.join(self.parts), self.strip) + self.tail
 
+    def message(self, prompt: str) -> str:
+        """Return a user's message of which the base's template makes this prompt."""
+        return prompt.removeprefix(self.head).removesuffix(self.tail)
+
 
 def asked_texts(task: Task) -> list[str]:
     """Return the names of the texts that a question of the task consists of."""

@@ -27,20 +27,18 @@ def file_bytes(shape: Shape, recipe: Mapping[str, Any]) -> int | None:
 
 
 def onnx_bytes(shape: Shape, recipe: Mapping[str, Any]) -> int:
-    """Return the bytes of onnxruntime-genai's builder (0.18.0): int8 keeps the embedding in fp32 beside a tied head."""
+    """Return the bytes of onnxruntime-genai's builder (0.18.0): a table of tokens that is not the head is in fp32."""
     bits = {"int4": 4, "int8": 8}[recipe["type"]] + SCALE / recipe["block"]
     mixed = recipe.get("algorithm") == "k_quant_mixed"
+    tied = shape.find("lm_head") is None
     total = 0.0
     for tensor in shape.tensors:
-        if len(tensor.shape) < 2 or (tensor.name == "embed_tokens" and recipe["type"] == "int8"):
+        if len(tensor.shape) < 2 or (tensor.name == "embed_tokens" and not tied):
             total += 32 * tensor.elements
         else:
             more = 4 if mixed and tensor.name in ("lm_head", "embed_tokens") else 0
             more += 2 if mixed and tensor.name in MORE else 0  # 4 in every second layer
             total += (bits + more) * tensor.elements
-    embedding = shape.find("embed_tokens")
-    if recipe["type"] == "int8" and embedding and shape.find("lm_head") is None:
-        total += bits * embedding.elements
     return round(total / 8)
 
 
