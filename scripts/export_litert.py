@@ -11,8 +11,6 @@ import argparse
 import json
 from pathlib import Path
 
-import torch
-
 from pockettune.common import program
 from pockettune.common.errors import UserError
 from pockettune.common.formats import LARGEST_TFLITE
@@ -41,12 +39,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help=".tflite file to write")
 
     def work(a: argparse.Namespace) -> None:
-        torch.set_num_threads(a.threads)
         needed = check_size(a.model)
         program.logger.info(
             "exporting %s, which takes minutes; what litert-torch says is in the log", a.model
         )
-        export_float(a.model, capacity(a.settings), needed, a.output)
+        export_float(a.model, capacity(a.settings), a.threads, needed, a.output)
         program.logger.info("%s: %.1f MB", a.output, a.output.stat().st_size / 1e6)
 
     program.run(parser, work)
