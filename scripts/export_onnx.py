@@ -197,7 +197,7 @@ def prepare(config: Any, context: int) -> None:
 def finish_config(path: Path, context: int, end: int) -> None:
     """Have answers be the likeliest ones, stop at `end` too, in room for the task: all it may use is taken at once.
 
-    Of a model without generation_config.json, as one of a GGUF file, the builder knows the end of a text alone.
+    The builder takes the tokenizer's eos_token for the end of a turn, which Gemma's is not.
     """
     config = program.read_json(path)
     model, known = config["model"], config["model"]["eos_token_id"]

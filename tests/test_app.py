@@ -969,11 +969,12 @@ def test_windows_are_those_of_the_evaluation(text_app: Path, serve: Callable[...
 
 @of_kind("answer")
 def test_likeliest_window_is_taken_as_in_the_evaluation(text_app: Path, serve: Callable[..., Served], visit: Callable[..., Visit]) -> None:  # fmt: skip
-    task, chance = maker_of(text_app).text, random.Random(3)
+    task: Any = maker_of(text_app).text
+    chance = random.Random(3)
     assert task
     page = visit(serve(text_app).url)
     said = [" ", NO, f" {NO}\n", "甲", " 丙 ", f"{NO}丁"]
-    found = [
+    found: list[list[dict[str, Any]]] = [
         [
             {"answer": chance.choice(said), "scores": [-chance.randint(0, 3) / 4 for _ in range(chance.randint(1, 3))]}
             for _ in range(chance.randint(1, 4))

@@ -136,7 +136,7 @@ def edited(case: Case, folder: Path, change: Callable[[Path], object]) -> Case:
 
 @pytest.mark.parametrize(("known", "told"), [(1, [1, 106]), ([1, 106], [1, 106])])
 def test_answers_stop_where_the_template_ends_them(known: Any, told: list[int], tmp_path: Path) -> None:  # fmt: skip
-    """The builder knows the end of a turn by names such as <|im_end|>; Gemma's it does not."""
+    """The builder takes the tokenizer's eos_token for it, which Gemma's <end_of_turn> is not."""
     program.write_json(
         tmp_path / CONFIG, {"model": {"eos_token_id": known, "context_length": 512}, "search": {}}
     )

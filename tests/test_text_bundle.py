@@ -40,9 +40,9 @@ def test_rows_are_what_the_file_writes(text_bundle: Path) -> None:
     # Of conversations a sample is answered, `evaluate.greedy_rows` of them.
     assert len(rows) == (12 if task["type"] == "chat" else ROWS)
     assert sum("windows" in row for row in rows) == (len(LONG) if task["type"] == "answer" else 0)
-    rows = unfold(rows)
+    asked = unfold(rows)
     with LlamaModel(text_bundle / "model.gguf", threads=1) as model:
-        for row in [*rows[:6], *rows[-3:]]:
+        for row in [*asked[:6], *asked[-3:]]:
             assert model.tokenize(row["prompt"]) == row["prompt_ids"]
             said = row["answer_ids"]
             continued = [[*row["prompt_ids"], *said[:n]] for n in range(len(said) + row["ended"])]
