@@ -21,9 +21,9 @@ from pockettune.common.errors import UserError
 from pockettune.common.formats import file_name, variants_of
 from pockettune.evaluation.choice import Limits, choose
 from pockettune.evaluation.intervals import compare_changes
-from pockettune.machine.estimate import file_names
+from pockettune.machine.estimate import file_names, memory_items
 from pockettune.machine.exported import file_bytes
-from pockettune.machine.shape import Shape, Tensor
+from pockettune.machine.shape import Shape, Tensor, tensors_of
 from pockettune.machine.software import check_extra_packages
 from pockettune.workflow.config import check_config, drop_idle
 from test_doctor import make_run
@@ -208,13 +208,49 @@ def test_files_of_all_formats_have_a_place_and_a_size() -> None:
     assert file_names(quantize) == ["onnx_float.onnx", "q8_0.gguf", "a.onnx", "b.onnx", "c.onnx"]
     assert variants_of(quantize, "onnx") == ["a", "b", "c"]
     assert file_name("x", "litert") == "x.tflite"
-    # SmolLM2-135M, whose three files were made: 86.3, 113.4 and 153.5 MB.
+    # SmolLM2-135M, whose three files were made: 86.3, 113.4 and 151.7 MB.
     layer = [("q_proj", (576, 576)), ("k_proj", (192, 576)), ("v_proj", (192, 576)), ("o_proj", (576, 576)),
              ("gate_proj", (1536, 576)), ("up_proj", (1536, 576)), ("down_proj", (576, 1536))]  # fmt: skip
     tensors = [Tensor(name, size, n) for n in range(30) for name, size in layer]
     shape = Shape((Tensor("embed_tokens", (49152, 576)), *tensors), "a test")
     sizes = [file_bytes(shape, quantize[name]) / 1e6 for name in "abc"]  # type: ignore[operator]
-    assert np.allclose(sizes, [86.3, 113.4, 153.5], rtol=0.06), sizes
+    assert np.allclose(sizes, [86.3, 113.4, 151.7], rtol=0.06), sizes
+    untied = Shape((*shape.tensors, Tensor("lm_head", (49152, 576))), "a test")
+    more = file_bytes(untied, quantize["a"]) - file_bytes(shape, quantize["a"])  # type: ignore[operator]
+    assert more == 4 * 49152 * 576, "a table of its own stays in fp32"
+
+
+def test_gemma_3_is_said_beforehand() -> None:
+    """A 270M, whose files and peaks were measured: three fifths of it are the table of tokens."""
+    quantize = settled(
+        onnx_int4={"format": "onnx", "type": "int4"},
+        mixed={"format": "onnx", "type": "int4", "algorithm": "k_quant_mixed"},
+        onnx_int8={"format": "onnx", "type": "int8"},
+        litert_int8={"format": "litert", "type": "dynamic_wi8_afp32"},
+        litert_int4={"format": "litert", "type": "dynamic_wi4b32_afp32"},
+    )
+    shape = Shape(
+        tensors_of(
+            {"model_type": "gemma3_text", "vocab_size": 262144, "hidden_size": 640, "intermediate_size": 2048,
+             "num_hidden_layers": 18, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256}
+        ) or (),
+        "a test",
+    )  # fmt: skip
+    sizes = {
+        name: (file_bytes(shape, recipe) or 0) / 1e6
+        for name, recipe in quantize.items()
+        if name != "q8_0"
+    }
+    assert sizes == pytest.approx(
+        {"onnx_int4": 169.8, "mixed": 271.2, "onnx_int8": 303.9, "litert_int8": 279.9, "litert_int4": 233.3}, rel=0.05
+    )  # fmt: skip
+    peaks = memory_items(make_run(quantize=quantize), shape, None, "cpu", "fp32")
+    measured = {"export (ONNX)": 8.66e9, "export (LiteRT)": 5.92e9, "quantize (LiteRT)": 1.89e9,
+                "check_parity (LiteRT)": 4.42e9}  # fmt: skip
+    assert {name: peaks[name] for name in measured} == pytest.approx(measured, rel=0.2)
+    del quantize["mixed"]
+    peaks = memory_items(make_run(quantize=quantize), shape, None, "cpu", "fp32")
+    assert peaks["export (ONNX)"] == pytest.approx(3.64e9, rel=0.2)
 
 
 def test_every_format_has_its_pins_in_both_places() -> None:

@@ -18,11 +18,12 @@ from safetensors.torch import load_file, save_file
 
 import test_disk_full
 from check_parity_litert import check_parity_litert
-from conftest import kill_in_mid_work, run_program
+from conftest import kill_in_mid_work, run_program, write_gemma
 from formats_run import NEEDS
 from pockettune.common import program
 from pockettune.common.errors import UserError
 from pockettune.data.prompts import Examples
+from pockettune.evaluation.statistics import normalise
 from pockettune.litert import bundles
 from pockettune.litert.bundles import Serving, make_serving, open_bundle, write_bundle
 from pockettune.litert.files import (
@@ -78,18 +79,30 @@ class Case:
         return re.findall(rf"(?:failed: | \| )({'|'.join(NAMES)}): ", str(raised.value)), str(raised.value)  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def honest(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    folder = tmp_path_factory.mktemp("litert")
+def export_case(model: Path, folder: Path) -> Case:
     export = folder / "litert_float.tflite"
-    result = run_program("export_litert.py", "--settings", json.dumps({"tokenize": {"max_length": 128}}), "--model", tiny_model,
+    result = run_program("export_litert.py", "--settings", json.dumps({"tokenize": {"max_length": 128}}), "--model", model,
                          "--threads", "1", "--output", export, "--log", folder / "log")  # fmt: skip
     assert result.returncode == 0, result.stdout
     assert not list(folder.glob(".*.partial"))
-    tokens = write_tokens(tiny_model, folder / "tokens")
+    return Case(model, export, write_ends(write_tokens(model, folder / "tokens")))
+
+
+def write_ends(tokens: Path) -> Path:
     answers = program.read_json(tokens / "answers.json")
     program.write_json(tokens / "answers.json", answers | {"ends": [2]})
-    return Case(tiny_model, export, tokens)
+    return tokens
+
+
+@pytest.fixture(scope="module")
+def honest(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return export_case(tiny_model, tmp_path_factory.mktemp("litert"))
+
+
+@pytest.fixture(scope="module")
+def gemma(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    folder = tmp_path_factory.mktemp("gemma")
+    return export_case(write_gemma("gemma3_text", tiny_model, folder / "model"), folder)
 
 
 def quantize_options(honest: Case, kind: str, output: Path) -> list[str | Path]:
@@ -232,6 +245,30 @@ def test_bundle_that_asks_otherwise_is_named(
         "not stop at [2]",
     ):
         assert told in message
+
+
+@needs_litert
+@pytest.mark.parametrize("writes", [True, False], ids=["the template writes it", "it does not"])
+def test_gemma_gets_one_bos(gemma: Case, writes: bool, tmp_path: Path) -> None:
+    """A bundle names a start token only where its template does not write it."""
+    model = shutil.copytree(gemma.model, tmp_path / "model")
+    if not writes:
+        told = program.read_json(model / "tokenizer_config.json")
+        told["chat_template"] = told["chat_template"].removeprefix("{{ bos_token }}")
+        program.write_json(model / "tokenizer_config.json", told)
+    assert make_serving(SETTINGS, model, [2]).start == (None if writes else 0)
+    case = replace(gemma, model=model, tokens=write_ends(write_tokens(model, tmp_path / "tokens")))
+    assert [ids[:2].count(0) for ids in prompts_of(case)] == [1] * 6
+    assert case.check(tmp_path / "parity.json")["passed"]
+
+
+@needs_litert
+def test_gemma_computes_what_pytorch_does(gemma: Case) -> None:
+    """Prompts are longer than the window, and than a piece."""
+    prompts = [[1, *range(5, 5 + n), 7, n] for n in (3, 13, 14, 15, 40, 130)]
+    found = np.stack(list(LitertModel(gemma.export, 1).next_token_logits(prompts)))
+    expected = logits_of_torch(load_exact(gemma.model), prompts)
+    np.testing.assert_allclose(normalise(found), normalise(expected), atol=2e-5)
 
 
 @needs_litert

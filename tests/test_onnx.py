@@ -313,10 +313,12 @@ def test_rotations_of_gemma_3_are_laid_out_as_the_builder_reads_them() -> None:
 @pytest.mark.parametrize("kind", ["gemma2", "gemma3_text"])
 def test_gemma_computes_what_pytorch_does(kind: str, tiny_model: Path, tmp_path: Path) -> None:
     """Prompts are longer than the window."""
-    model = write_gemma(kind, tiny_model, tmp_path / "model")
-    export_onnx({**SETTINGS, "recipe": {"type": "fp32"}}, model, 1, tmp_path / "out")
+    model, export = write_gemma(kind, tiny_model, tmp_path / "model"), tmp_path / "out"
+    export_onnx({**SETTINGS, "recipe": {"type": "fp32"}}, model, 1, export)
+    case = Case(model, export, write_tokens(model, tmp_path / "tokens", TEXTS))
+    assert case.failed(tmp_path / "parity.json") == ([], "")
     prompts = [[1, *range(5, 5 + n), 7, n] for n in (3, 13, 14, 15, 16, 40)]
-    found = np.stack(list(OnnxModel(tmp_path / "out", 1).next_token_logits(prompts)))
+    found = np.stack(list(OnnxModel(export, 1).next_token_logits(prompts)))
     expected = logits_of_torch(load_exact(model), prompts)
     assert np.abs(normalise(found) - normalise(expected)).max() < 2e-5
 

@@ -72,12 +72,13 @@ def trained(tokenizer: Any, task: Any, text: str) -> str:
 def test_prompt_is_the_trained_one_whatever_the_conversation(family: str, tmp_path: Path) -> None:
     tokenizer, task = load_family(family, tmp_path)
     frame = find_frame(tokenizer, task)
-    template = write_template(frame)
+    templates = [write_template(frame), write_template(frame, has_replace=False)]
     for text in [*TEXTS, "　全角空格　", "\u00a0"]:
         prompt = trained(tokenizer, task, text)
         assert frame.render(text) == prompt
         for talk in with_text(text):
-            assert render_chat(tokenizer, talk, {}, template=template) == prompt  # type: ignore[arg-type]
+            for template in templates:
+                assert render_chat(tokenizer, talk, {}, template=template) == prompt  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -86,13 +87,16 @@ def chatml(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, str]:
     return tokenizer, task, write_template(find_frame(tokenizer, task))
 
 
-def test_thousands_of_control_tokens_are_broken(chatml: tuple[Any, Any, str]) -> None:
+@pytest.mark.parametrize("has_replace", [True, False])
+def test_thousands_of_control_tokens_are_broken(
+    has_replace: bool, chatml: tuple[Any, Any, str]
+) -> None:
     """Gemma 3 of a GGUF file has 6,249 of them; so many calls in one statement no engine nests."""
     tokenizer, task, _ = chatml
     frame = find_frame(tokenizer, task)
     many = replace(frame, control=(*(f"<unused{n}>" for n in range(6000)), *frame.control))
     text = f"<unused0> <unused99><unused100> <unused5999> {IM[0]} <unused6000>"
-    template, talk = write_template(many), [{"role": "user", "content": text}]
+    template, talk = write_template(many, has_replace), [{"role": "user", "content": text}]
     prompt = render_chat(tokenizer, talk, {}, template=template)
     assert prompt == many.render(text)
     assert "< unused99>< unused100> < unused5999>" in prompt and " <unused6000>" in prompt

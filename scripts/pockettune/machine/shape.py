@@ -16,7 +16,7 @@ GGUF_NAMES = {"token_embd": "embed_tokens", "output": "lm_head", "attn_q": "q_pr
               "attn_v": "v_proj", "attn_output": "o_proj", "ffn_gate": "gate_proj", "ffn_up": "up_proj",
               "ffn_down": "down_proj"}  # fmt: skip
 # Architectures whose layers are those of `tensors_of`; of another, config.json does not tell.
-KNOWN = ("qwen2", "qwen3", "llama", "mistral", "gemma", "gemma2")
+KNOWN = ("qwen2", "qwen3", "llama", "mistral", "gemma", "gemma2", "gemma3_text")
 
 
 @dataclass(frozen=True)
