@@ -950,11 +950,10 @@ async function answerCells(model, text) {
   return [result?.answer ?? "", result ? result.probability.toFixed(4) : ""];
 }
 
-/** An answer as text: of entities those that stand in the text, a line each. */
-function textCell(text, { answer }) {
-  const found = app.task.types ? readEntities(answer, text, app.task) : null;
-  if (found === null) return answer;
-  return found.length === 0 ? app.task.no_answer : found.map(({ type, name }) => `${type}: ${name}`).join("\n");
+/** An answer as text: of entities those that stand in the text, a line each; as it is where it cannot be read. */
+function textCell(text, { answer, ended }) {
+  const found = app.task.types ? readEntities(answer, text, app.task, ended) : null;
+  return found?.map(({ type, name }) => `${type}: ${name}`).join("\n") ?? answer;
 }
 
 /** Take a table's text: offer its columns, or say what is wrong with it. */

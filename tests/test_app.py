@@ -866,7 +866,9 @@ def test_entities_are_of_the_grammar_and_marked_in_the_text(text_app: Path, serv
         assert ask_model(page, f"text.readEntities('{other}', '北京', model.task)") is None, other
     cut = """text.readEntities('[["地点","北京"],["东西","船]', '北京的船', model.task, false)"""
     assert ask_model(page, cut) == [{"type": "地点", "name": "北京", "start": 0, "end": 2}]
-    answer = json.dumps(json.dumps([["地点", EVIL], ["东西", "水"]], ensure_ascii=False))
+    answer = json.dumps(
+        json.dumps([["地点", EVIL], ["东西", "船"], ["东西", "水"]], ensure_ascii=False)
+    )
     written = (
         f"{{ answer: {answer}, said: [1], ids: [1], cut: null, ended: true, left: 0, seconds: 0 }}"
     )
