@@ -207,6 +207,8 @@ def test_files_of_all_formats_have_a_place_and_a_size() -> None:
     )
     assert file_names(quantize) == ["onnx_float.onnx", "q8_0.gguf", "a.onnx", "b.onnx", "c.onnx"]
     assert variants_of(quantize, "onnx") == ["a", "b", "c"]
+    litert = settled(d={"format": "litert", "type": "dynamic_wi8_afp32"})
+    assert file_names(litert)[1:] == ["q8_0.gguf", "d.tflite", "d.litertlm"]
     assert file_name("x", "litert") == "x.tflite"
     # SmolLM2-135M, whose three files were made: 86.3, 113.4 and 151.7 MB.
     layer = [("q_proj", (576, 576)), ("k_proj", (192, 576)), ("v_proj", (192, 576)), ("o_proj", (576, 576)),
