@@ -13,19 +13,30 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
 
 from pockettune.common import program
 from pockettune.common.errors import UserError
+from pockettune.data.chat import end_of_answer
 from pockettune.data.serving import context_tokens
 from pockettune.data.task_template import find_frame, write_template
 from pockettune.evaluation.metrics import provenance
 from pockettune.models.folder import load_tokenizer, tensor_shapes
-from pockettune.runtimes.onnx import CHAT_TEMPLATE, CONFIG, MADE, WEIGHTS, import_genai
+from pockettune.runtimes.onnx import (
+    CHAT_TEMPLATE,
+    CONFIG,
+    MADE,
+    WEIGHTS,
+    import_genai,
+    stop_tokens,
+)
 from pockettune.tasks import load_task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # The oldest ONNX Runtime that was seen to load what this exporter writes, of all types; 1.22.1 refuses it.
 NEEDS = "1.23.2"
@@ -42,8 +53,9 @@ def export_onnx(settings: Mapping[str, Any], model: Path, threads: int, output: 
         output, needed=parameters * (4 if recipe["type"] == "fp32" else 1)
     ) as partial:
         build(model, recipe, context, partial)
-        finish_config(partial / CONFIG, context)
-        write_chat_template(model, settings, partial)
+        tokenizer = load_tokenizer(model)
+        finish_config(partial, context, tokenizer)
+        write_chat_template(tokenizer, settings, partial)
         shutil.copyfile(model / "tokenizer.json", partial / "tokenizer.json")
         program.write_json(partial / MADE, describe(settings, parameters))
         size = (partial / WEIGHTS).stat().st_size
@@ -172,19 +184,25 @@ def prepare(config: Any, context: int) -> None:
         config.max_position_embeddings = min(config.max_position_embeddings, context)
 
 
-def finish_config(path: Path, context: int) -> None:
-    """Have answers be the likeliest ones, in room for the task: onnxruntime-genai takes all it may use at once."""
-    config = program.read_json(path)
+def finish_config(folder: Path, context: int, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Have answers be the likeliest ones, in room for the task, and end where the task's do.
+
+    onnxruntime-genai takes memory for all tokens at once. Of a base out of a GGUF file the builder knows
+    eos_token alone, and Gemma ends an answer with another.
+    """
+    config = program.read_json(folder / CONFIG)
     config["search"] |= {
         "do_sample": False,
         "max_length": min(context, config["model"]["context_length"]),
     }
-    program.write_json(path, config)
+    config["model"]["eos_token_id"] = sorted({*stop_tokens(folder), end_of_answer(tokenizer)})
+    program.write_json(folder / CONFIG, config)
 
 
-def write_chat_template(model: Path, settings: Mapping[str, Any], output: Path) -> None:
+def write_chat_template(
+    tokenizer: "PreTrainedTokenizerBase", settings: Mapping[str, Any], output: Path
+) -> None:
     """Write the chat template of card.template where onnxruntime-genai looks for it."""
-    tokenizer = load_tokenizer(model)
     template = tokenizer.get_chat_template()
     if settings["card"]["template"] == "task":
         task = load_task(settings["task"], settings["dataset"])
