@@ -14,11 +14,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from pockettune.common import program
 from pockettune.common.errors import UserError
@@ -35,8 +34,12 @@ from pockettune.runtimes.onnx import (
     WEIGHTS,
     as_numbers,
     import_genai,
+    stop_tokens,
 )
 from pockettune.tasks import load_task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # The oldest ONNX Runtime that was seen to load what this exporter writes, of all types; 1.22.1 refuses it.
 NEEDS = "1.23.2"
@@ -53,7 +56,7 @@ def export_onnx(settings: Mapping[str, Any], model: Path, threads: int, output: 
     with program.staged(output, needed=parameters * BITS[recipe["type"]] // 8) as partial:
         build(model, recipe, context, partial)
         tokenizer = load_tokenizer(model)
-        finish_config(partial / CONFIG, context, end_of_answer(tokenizer))
+        finish_config(partial, context, tokenizer)
         write_chat_template(tokenizer, settings, partial)
         shutil.copyfile(model / "tokenizer.json", partial / "tokenizer.json")
         program.write_json(partial / MADE, describe(settings, parameters))
@@ -194,25 +197,23 @@ def prepare(config: Any, context: int) -> None:
         config.max_position_embeddings = min(config.max_position_embeddings, context)
 
 
-def finish_config(path: Path, context: int, end: int) -> None:
-    """Have answers be the likeliest ones, stop at `end` too, in room for the task: all it may use is taken at once.
+def finish_config(folder: Path, context: int, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Have answers be the likeliest ones, in room for the task, and end where the task's do.
 
-    The builder takes the tokenizer's eos_token for the end of a turn, which Gemma's is not.
+    onnxruntime-genai takes memory for all tokens at once. Of a base out of a GGUF file the builder knows
+    eos_token alone, and Gemma ends an answer with another.
     """
-    config = program.read_json(path)
-    model, known = config["model"], config["model"]["eos_token_id"]
-    model["eos_token_id"] = list(
-        dict.fromkeys([*(known if isinstance(known, list) else [known]), end])
-    )
+    config = program.read_json(folder / CONFIG)
     config["search"] |= {
         "do_sample": False,
-        "max_length": min(context, model["context_length"]),
+        "max_length": min(context, config["model"]["context_length"]),
     }
-    program.write_json(path, config)
+    config["model"]["eos_token_id"] = sorted({*stop_tokens(folder), end_of_answer(tokenizer)})
+    program.write_json(folder / CONFIG, config)
 
 
 def write_chat_template(
-    tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any], output: Path
+    tokenizer: "PreTrainedTokenizerBase", settings: Mapping[str, Any], output: Path
 ) -> None:
     """Write the chat template of card.template where onnxruntime-genai looks for it."""
     template = tokenizer.get_chat_template()

@@ -220,7 +220,8 @@ def write_gemma(kind: str, tiny_model: Path, folder: Path) -> Path:
     """Write a random Gemma of `kind` in FP16 with the tiny model's tokenizer; return `folder`.
 
     A layer with a window of 16 tokens, and one without; norms whose 1 + weight FP16 rounds; a width whose root,
-    by which embeddings are multiplied, is no short number. Tokenizer and chat template both give a BOS.
+    by which embeddings are multiplied, is no short number. Tokenizer and chat template both give a BOS; answers end
+    with another token than EOS.
     """
     import torch
     from tokenizers import Tokenizer, processors
@@ -230,7 +231,7 @@ def write_gemma(kind: str, tiny_model: Path, folder: Path) -> Path:
         kind, vocab_size=512, hidden_size=192, intermediate_size=256, num_hidden_layers=2, head_dim=32,
         num_attention_heads=4, num_key_value_heads=2, sliding_window=16, query_pre_attn_scalar=32,
         layer_types=["sliding_attention", "full_attention"], max_position_embeddings=512,
-        bos_token_id=0, eos_token_id=2, pad_token_id=2,
+        bos_token_id=0, eos_token_id=0, pad_token_id=0,
     )  # fmt: skip
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
@@ -239,7 +240,7 @@ def write_gemma(kind: str, tiny_model: Path, folder: Path) -> Path:
     model.half().save_pretrained(folder)
     told = json.loads((tiny_model / "tokenizer_config.json").read_text())
     bos, template = told["pad_token"], "{{ bos_token }}" + told["chat_template"]
-    told |= {"bos_token": bos, "pad_token": told["eos_token"], "chat_template": template}
+    told |= {"bos_token": bos, "eos_token": bos, "chat_template": template}
     (folder / "tokenizer_config.json").write_text(json.dumps(told))
     tokenizer = Tokenizer.from_file(str(tiny_model / "tokenizer.json"))
     tokenizer.post_processor = processors.TemplateProcessing(

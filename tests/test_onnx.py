@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import test_disk_full
 from check_parity_onnx import check_parity_onnx
 from conftest import kill_in_mid_work, run_program, write_gemma
-from export_onnx import export_onnx, finish_config, prepare
+from export_onnx import export_onnx, prepare
 from formats_run import NEEDS
 from pockettune.common import program
 from pockettune.common.checksums import list_checksums
@@ -132,17 +132,6 @@ def edited(case: Case, folder: Path, change: Callable[[Path], object]) -> Case:
     shutil.copytree(case.export, folder / "export.onnx")
     change(folder / "export.onnx")
     return replace(case, export=folder / "export.onnx")
-
-
-@pytest.mark.parametrize(("known", "told"), [(1, [1, 106]), ([1, 106], [1, 106])])
-def test_answers_stop_where_the_template_ends_them(known: Any, told: list[int], tmp_path: Path) -> None:  # fmt: skip
-    """The builder takes the tokenizer's eos_token for it, which Gemma's <end_of_turn> is not."""
-    program.write_json(
-        tmp_path / CONFIG, {"model": {"eos_token_id": known, "context_length": 512}, "search": {}}
-    )
-    finish_config(tmp_path / CONFIG, 1024, 106)
-    config = program.read_json(tmp_path / CONFIG)
-    assert config["model"]["eos_token_id"] == told and config["search"]["max_length"] == 512
 
 
 def change_json(name: str, **values: Any) -> Callable[[Path], None]:

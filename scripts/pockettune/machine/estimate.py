@@ -226,6 +226,10 @@ def _memory_sizes(
     most = max((TO_QUANTIZE[r.get("algorithm", "default")] for r in recipes), default=0)
     # The model as it is stored, in fp32, and its largest matrix again and again.
     yield "export (ONNX)", 0.35e9 + stored + whole + most * largest
+    # Of a table that is the head, ONNX Runtime keeps one copy to look up in and one packed for products.
+    in_runtime = whole + 8 * largest
+    yield "check_parity (ONNX)", SCORING + max(in_runtime, exact)
+    yield "evaluate (ONNX)", 0.3e9 + in_runtime
     # The traced graphs and MLIR's hold the weights again and again; fitted at 1.3 and 135 million parameters.
     yield "export (LiteRT)", 0.75e9 + 5 * whole
     # XNNPACK packs the weights of each graph anew.
