@@ -70,7 +70,7 @@ def write_questions() -> None:
     )
     splits = {
         "test": take_questions(dev, 300),
-        "train": take_questions(dev, 840),
+        "train": take_questions(dev, 320),
         "validation": take_questions(trial, 60),
     }
     for split, paragraphs in splits.items():
