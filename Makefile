@@ -91,7 +91,8 @@ test-slurm: setup
 	tests/slurm/install.sh
 	$(BIN)/python -m pytest tests/slurm
 
-# About ninety kills, more than half an hour; `make test` does a few.
+# About ninety kills, more than half an hour, and more where the packages of other formats are here; `make test`
+# does a few.
 test-kills: setup
 	$(BIN)/python tests/kill_every_rule.py
 

@@ -1,6 +1,8 @@
 // The page: a text is asked about as it was in training, by the same llama.cpp, compiled for browsers.
 // Nothing leaves the device; index.html's Content-Security-Policy sees to that.
-import { Grammar, compareText, promptOf, promptOfContent, promptOfTalk, readEntities, withoutOldest, writeAnswer } from "./text.js";
+import {
+  Grammar, askInWindows, compareText, compareWindows, promptOf, promptOfContent, promptOfTalk, readEntities, takeLikeliest, withoutOldest, writeAnswer,
+} from "./text.js";
 import { Wllama } from "./wllama.js";
 
 // ---------------------------------------------------------------- words
@@ -65,6 +67,8 @@ export const WORDS = {
     why_prompt: "the prompt differs",
     why_ids: "the tokens differ",
     why_answer: "the answer differs",
+    why_windows: "the windows of its text differ",
+    why_choice: "another window's answer was taken",
     question: "Question",
     message: "Message",
     send: "Send",
@@ -73,11 +77,16 @@ export const WORDS = {
     you: "You",
     model: "Model",
     no_question: "Type a question.",
+    long_question: "The question is too long: no room is left for the text.",
+    window: "Reading window {place} of {count} of the text …",
+    windows: "the text is too long to be read at once: it was read in {count} windows that overlap, and the likeliest answer taken",
     no_answer: "The text has no answer.",
     nothing: "Nothing was found in the text.",
+    silent: "The model wrote nothing.",
     other_form: "The answer is not of the form that was trained:",
     unended: "the answer was cut off at {count} tokens",
     halted: "stopped",
+    halted_early: "Stopped before the model read anything.",
     forgotten: "the oldest messages were left out: the model reads no more",
     many_how_text: "Paste rows of a spreadsheet, or choose a csv file; the first row names the columns. You get it back with a column more.",
     check_near_text: "{same} of {rows} answered as scored, {near} otherwise from a token on that was so close to another that another build may take that. Largest difference of a log probability: {largest}.",
@@ -144,6 +153,8 @@ export const WORDS = {
     why_prompt: "提示词不同",
     why_ids: "词元不同",
     why_answer: "回答不同",
+    why_windows: "文本的片段不同",
+    why_choice: "取了另一个片段的回答",
     question: "问题",
     message: "消息",
     send: "发送",
@@ -152,11 +163,16 @@ export const WORDS = {
     you: "您",
     model: "模型",
     no_question: "请输入问题。",
+    long_question: "问题太长，文本已放不下。",
+    window: "正在阅读文本的第 {place} 个片段，共 {count} 个……",
+    windows: "文本太长，一次读不完：分成 {count} 个互相重叠的片段来读，取了其中概率最大的回答",
     no_answer: "文本中没有答案。",
     nothing: "文本中没有找到。",
+    silent: "模型没有写任何内容。",
     other_form: "回答不是训练时的格式：",
     unended: "回答在 {count} 个词元处被截断",
     halted: "已停止",
+    halted_early: "已停止，模型尚未阅读。",
     forgotten: "最早的消息未读：模型读不了更多",
     many_how_text: "粘贴电子表格中的行，或选择 csv 文件；第一行是列名。得到的表格会多出一列。",
     check_near_text: "{rows} 行中 {same} 行与评测时回答相同，{near} 行从某个词元起不同，但该词元与另一个非常接近，换一个构建版本就可能不同。对数概率的最大差：{largest}。",
@@ -166,6 +182,7 @@ export const WORDS = {
   },
 };
 const LANGUAGE = navigator.language.toLowerCase().startsWith("zh") ? "zh" : "en";
+const MARKS = LANGUAGE === "zh" ? { notes: "；", names: "、" } : { notes: "; ", names: ", " }; // between two
 
 function say(key, values = {}) {
   return WORDS[LANGUAGE][key].replace(/\{(\w+)\}/g, (_, name) => values[name]);
@@ -474,6 +491,7 @@ class Model {
         if (tried.ids.length <= room) [fits, best] = [middle, tried];
         else beyond = middle;
       }
+      if (best.ids.length > room) throw new Told("long_question");
     }
     return { ...best, cut: fits < characters.length || text.length > most ? fits : null };
   }
@@ -517,13 +535,41 @@ class Model {
     return { answer: this.words[best], probability: probabilities[best], probabilities, scores, prompt, ids, cut, seconds };
   }
 
-  /** Write the answer about texts: writeAnswer's, with prompt, ids, cut and seconds. */
-  async write(texts, options) {
+  /**
+   * Write the answer about texts: writeAnswer's of the window that was taken, with its prompt and ids, with cut,
+   * seconds, all `windows` (most often one), and how many are `left`, where it was stopped.
+   */
+  async write(texts, { onWindow = () => {}, onText, wanted = () => true, ...options } = {}) {
     const began = performance.now();
+    const asked = await this.#questions(texts, wanted);
+    const windows = [];
+    for (const [place, one] of asked.entries()) {
+      if (asked.length > 1) onWindow(place + 1, asked.length);
+      const how = { grammar: this.grammar, onText: asked.length > 1 ? undefined : onText, wanted, ...options };
+      const written = await writeAnswer(this, one.ids, how);
+      if (place > 0 && !wanted()) break; // what was being written is no answer
+      windows.push({ cut: null, ...one, ...written });
+    }
+    const taken = takeLikeliest(windows, this.task.no_answer);
+    return { ...taken, windows, left: asked.length - windows.length, seconds: (performance.now() - began) / 1000 };
+  }
+
+  /** The prompts about texts, with their ids: windows where the text is too long and the task knows them, else one. */
+  async #questions(texts, wanted) {
+    const { task } = this;
     const others = Object.fromEntries(Object.entries(texts).map(([name, text]) => [name, this.defuse(text)]));
-    const asked = await this.prompt(texts.text, (text) => promptOf(this.task, { ...others, text }));
-    const written = await writeAnswer(this, asked.ids, { grammar: this.grammar, ...options });
-    return { ...asked, ...written, seconds: (performance.now() - began) / 1000 };
+    const write = (text) => promptOf(task, { ...others, text });
+    if (task.stride !== undefined && task.no_answer !== undefined) {
+      const ask = (text) => {
+        if (!wanted()) throw new Told("halted_early"); // a book has thousands of windows
+        return this.encode(write(text));
+      };
+      const whole = await ask(others.text);
+      if (whole.ids.length <= this.longest) return [whole];
+      const windows = await askInWindows(others.text, task.stride, this.longest, ask);
+      if (windows !== null) return windows;
+    }
+    return [await this.prompt(texts.text, write)];
   }
 
   /** Write the answer to a conversation; `forgotten`: whether its oldest messages were left out. */
@@ -538,8 +584,8 @@ class Model {
     const forgotten = kept.length < messages.length;
     if (asked.ids.length > this.longest)
       asked = await this.prompt(messages.at(-1).content, (content) => promptOfTalk(this.task, [...kept.slice(0, -1), { role: "user", content }]));
-    const written = await writeAnswer(this, asked.ids, { grammar: this.grammar, ...options });
-    return { cut: null, ...asked, ...written, forgotten, seconds: (performance.now() - began) / 1000 };
+    const written = { cut: null, ...asked, ...(await writeAnswer(this, asked.ids, { grammar: this.grammar, ...options })) };
+    return { ...written, windows: [written], left: 0, forgotten, seconds: (performance.now() - began) / 1000 };
   }
 
   /** Answer a row of conformance.jsonl as it was scored: without a grammar. */
@@ -638,6 +684,7 @@ function fillWords(task) {
   document.documentElement.lang = LANGUAGE === "zh" ? "zh-CN" : "en";
   if (task?.turns) Object.assign($("text_label").dataset, { words: "message" });
   if (task?.turns) Object.assign($("answer").dataset, { words: "send" });
+  if (task?.turns) $("text").rows = 3; // below the conversation
   if (task && !task.labels) $("many_how").dataset.words = "many_how_text";
   $("talk").setAttribute("aria-label", say("conversation"));
   for (const id of ["said", "answers"]) $(id).classList.toggle("text", task !== undefined && !task.labels);
@@ -755,7 +802,7 @@ async function answerText(event) {
     tell("said", isSure(result) ? result.answer : `${result.answer} (${say("unsure")})`);
     $("labels").replaceChildren(...model.words.map((word, i) => labelItem(word, result.probabilities[i])));
     const took = say("took", { seconds: result.seconds.toFixed(1), tokens: result.ids.length });
-    tell("took", result.cut === null ? took : `${took}; ${say("cut", { count: result.cut })}`);
+    tell("took", result.cut === null ? took : took + MARKS.notes + say("cut", { count: result.cut }));
   });
 }
 
@@ -782,7 +829,11 @@ async function watched(place, work) {
   show("halt", false);
 }
 
-const writing = (place) => ({ onText: (text) => { place.textContent = text; }, wanted: () => app.wanted });
+const writing = (place) => ({
+  onText: (text) => { place.textContent = text; },
+  onWindow: (number, count) => { place.textContent = say("window", { place: number, count }); },
+  wanted: () => app.wanted,
+});
 
 async function writeAbout(texts) {
   if (app.task.texts.includes("question") && texts.question.trim() === "") return tell("said", say("no_question"));
@@ -794,19 +845,21 @@ async function writeAbout(texts) {
   });
 }
 
-function tellTook({ seconds, ids, said, cut, ended, forgotten }) {
-  const notes = [say("took", { seconds: seconds.toFixed(1), tokens: ids.length + said.length })];
+function tellTook({ seconds, windows, left, cut, said, ended, forgotten }) {
+  const tokens = windows.reduce((sum, window) => sum + window.ids.length + window.said.length, 0);
+  const notes = [say("took", { seconds: seconds.toFixed(1), tokens })];
+  if (windows.length > 1) notes.push(say("windows", { count: windows.length }));
   if (cut !== null) notes.push(say("cut", { count: cut }));
   if (forgotten) notes.push(say("forgotten"));
-  if (!ended) notes.push(app.wanted ? say("unended", { count: said.length }) : say("halted"));
-  tell("took", notes.join("; "));
+  if (!ended || left > 0) notes.push(app.wanted ? say("unended", { count: said.length }) : say("halted"));
+  tell("took", notes.join(MARKS.notes));
 }
 
 /** Show an answer as its task is: entities in the text and by type, else what was written. */
-function showAnswer(text, { answer }) {
+function showAnswer(text, { answer, ended }) {
   const { types, no_answer } = app.task;
-  if (!types) return tell("said", answer.trim() === no_answer ? say("no_answer") : answer.trim());
-  const found = readEntities(answer, text, app.task);
+  if (!types) return tell("said", answer.trim() === no_answer ? say("no_answer") : answer.trim() || say("silent"));
+  const found = readEntities(answer, text, app.task, ended);
   if (found === null) return tell("said", `${say("other_form")} ${answer}`);
   tell("said", found.length === 0 ? say("nothing") : "");
   $("marked").replaceChildren(...markedText(text, found));
@@ -831,10 +884,11 @@ function markedText(text, found) {
 
 function entityItem(type, names) {
   const item = document.createElement("li");
+  item.className = "names";
   const kind = document.createElement("span");
   const list = document.createElement("span");
   kind.textContent = type;
-  list.textContent = names.join(LANGUAGE === "zh" ? "、" : ", ");
+  list.textContent = names.join(MARKS.names);
   item.append(kind, list);
   return item;
 }
@@ -849,7 +903,13 @@ function addMessage(role, text) {
   item.append(who, said);
   $("talk").append(item);
   show("talk");
+  showLast();
   return said;
+}
+
+/** Have the end of the conversation in view, which scrolls by itself. */
+function showLast() {
+  $("talk").scrollTop = $("talk").scrollHeight;
 }
 
 /** Send a message of a conversation; one that is not answered at all does not stay in it. */
@@ -863,8 +923,11 @@ async function sendMessage(content) {
   show("clear");
   $("talk").setAttribute("aria-busy", "true");
   await watched("said", async (model) => {
-    const result = await model.reply([...system, ...asked], writing(place));
-    place.textContent = result.answer;
+    const how = writing(place);
+    const onText = (text) => { how.onText(text); showLast(); };
+    const result = await model.reply([...system, ...asked], { ...how, onText });
+    place.textContent = result.answer.trim() || say("silent");
+    showLast();
     app.talk = [...asked, { role: "assistant", content: result.answer }];
     tellTook(result);
   });
@@ -882,9 +945,15 @@ function clearTalk() {
 
 /** What a table gets for a text: the cells of its new columns. */
 async function answerCells(model, text) {
-  if (model.words.length === 0) return [text.trim() === "" ? "" : (await model.write({ text }, { wanted: () => app.wanted })).answer];
+  if (model.words.length === 0) return [text.trim() === "" ? "" : textCell(text, await model.write({ text }, { wanted: () => app.wanted }))];
   const result = text.trim() === "" ? null : await model.ask(text);
   return [result?.answer ?? "", result ? result.probability.toFixed(4) : ""];
+}
+
+/** An answer as text: of entities those that stand in the text, a line each; as it is where it cannot be read. */
+function textCell(text, { answer, ended }) {
+  const found = app.task.types ? readEntities(answer, text, app.task, ended) : null;
+  return found?.map(({ type, name }) => `${type}: ${name}`).join("\n") ?? answer;
 }
 
 /** Take a table's text: offer its columns, or say what is wrong with it. */
@@ -999,7 +1068,7 @@ async function conform(model, rows, onProgress = () => {}) {
   const told = { rows: rows.length, same: 0, near: 0, largest: 0, first: null, why: null };
   for (const [done, row] of rows.entries()) {
     if (!row.labels) {
-      count(told, row, compareText(row, await replayed(model, row, told), model.task.near));
+      count(told, row, await compareWritten(model, row, told));
       onProgress(done + 1);
       continue;
     }
@@ -1012,14 +1081,20 @@ async function conform(model, rows, onProgress = () => {}) {
   return told;
 }
 
-/** Answer a row of text; note how far the log probabilities of the tokens that it shares with what was scored are. */
-async function replayed(model, row, told) {
-  const result = await model.replay(row);
-  for (const [place, score] of result.scores.entries()) {
+/** Answer a row of text again, in windows where it was: what is otherwise. */
+async function compareWritten(model, row, told) {
+  const result = row.windows ? await model.write(row.texts, { grammar: null }) : await model.replay(row);
+  const pairs = row.windows ? row.windows.map((window, place) => [window, result.windows[place]]) : [[row, result]];
+  for (const [scored, now] of pairs) noteDifference(told, scored, now);
+  return row.windows ? compareWindows(row, result, model.task) : compareText(row, result, model.task.near);
+}
+
+/** Note how far the log probabilities of the tokens are that an answer shares with what was scored. */
+function noteDifference(told, row, now) {
+  for (const [place, score] of now?.scores.entries() ?? []) {
     told.largest = Math.max(told.largest, Math.abs(score - (row.log_probabilities[place] ?? score)));
-    if (result.said[place] !== row.answer_ids[place]) break;
+    if (now.said[place] !== row.answer_ids[place]) break;
   }
-  return result;
 }
 
 async function checkAnswers() {

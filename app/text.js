@@ -33,34 +33,84 @@ export function withoutOldest(messages) {
   return messages.length > first + 2 ? messages.toSpliced(first, 2) : null;
 }
 
+// ---------------------------------------------------------------- a text that is too long
+
+/**
+ * What is asked about a text that is too long, as it was in the evaluation (Answer.questions in
+ * scripts/pockettune/tasks/answer.py): windows, of which two overlap by about `stride` tokens. `ask` makes of a
+ * part of the text {ids, ...}, of at most `room` ids. Null where there is no room for windows.
+ */
+export async function askInWindows(text, stride, room, ask) {
+  const characters = [...text];
+  const frame = (await ask("")).ids.length;
+  const aToken = characters.length / Math.max((await ask(text)).ids.length - frame, 1); // characters
+  const overlap = Math.floor(stride * aToken);
+  for (let width = Math.floor((room - frame) * aToken); width > overlap; width = Math.min(width - 1, Math.floor(width * 0.95))) {
+    const windows = [], step = width - overlap;
+    const begins = Array.from({ length: Math.ceil((characters.length - overlap) / step) }, (_, n) => n * step);
+    for (const begin of begins) {
+      const asked = await ask(characters.slice(begin, begin + width).join(""));
+      if (asked.ids.length > room) break; // some parts have more tokens than others
+      windows.push(asked);
+    }
+    if (windows.length === begins.length) return windows;
+  }
+  return null;
+}
+
+const likely = ({ scores }) => scores.reduce((sum, score) => sum + score, 0);
+
+/** Of what was written about windows, the likeliest answer that is one, else that there is none (Answer.combine). */
+export function takeLikeliest(written, noAnswer) {
+  const answers = written.filter(({ answer }) => !["", noAnswer].includes(answer.trim()));
+  if (answers.length > 0) return answers.reduce((best, next) => (likely(next) > likely(best) ? next : best));
+  return written.find(({ answer }) => answer.trim() === noAnswer) ?? written[0];
+}
+
 // ---------------------------------------------------------------- entities
 
 /**
- * The entities of an answer that stand in the text, as lines `type: name`
- * (scripts/pockettune/tasks/entity_answers.py): [{type, name, start, end}], or null where it is not of that form.
+ * The entities of an answer, [["type","name"],...] (scripts/pockettune/tasks/entity_answers.py), that stand in the
+ * text: [{type, name, start, end}], or null where it is not of that form. Of an answer that did not end, those that did.
  */
-export function readEntities(answer, text, task) {
-  if (answer.trim() === task.no_answer) return [];
+export function readEntities(answer, text, task, ended = true) {
   const types = Object.values(task.types);
-  const named = answer.trim().split("\n").map((line) => {
-    const [type, ...rest] = line.split(": ");
-    return { type, name: rest.join(": ").trim() };
-  });
-  if (!named.every(({ type, name }) => name && types.includes(type))) return null;
+  const named = ended ? asPairs(answer, types) : salvagePairs(answer, types);
+  if (!named) return null;
   const placed = [];
   let behind = 0;
-  for (const entity of named) {
-    let start = freePlace(entity.name, text, behind, placed);
-    if (start < 0) start = freePlace(entity.name, text, 0, placed);
+  for (const [type, name] of named) {
+    let start = freePlace(name, text, behind, placed);
+    if (start < 0) start = freePlace(name, text, 0, placed);
     if (start < 0) continue;
-    behind = start + entity.name.length;
-    placed.push({ ...entity, start, end: behind });
+    behind = start + name.length;
+    placed.push({ type, name, start, end: behind });
   }
   return placed;
 }
 
+function salvagePairs(answer, types) {
+  for (let end = answer.lastIndexOf("]"); end > 0; end = answer.lastIndexOf("]", end - 1)) {
+    const found = asPairs(`${answer.slice(0, end)}]]`, types);
+    if (found) return found;
+  }
+  return null;
+}
+
+function asPairs(answer, types) {
+  let found;
+  try {
+    found = JSON.parse(answer);
+  } catch {
+    return null;
+  }
+  const pairs = Array.isArray(found) && found.every((pair) =>
+    Array.isArray(pair) && pair.length === 2 && types.includes(pair[0]) && typeof pair[1] === "string");
+  return pairs ? found : null;
+}
+
 function freePlace(name, text, from, placed) {
-  let start = text.indexOf(name, from);
+  let start = name ? text.indexOf(name, from) : -1;
   while (start >= 0 && placed.some((other) => start < other.end && other.start < start + name.length))
     start = text.indexOf(name, start + 1);
   return start;
@@ -145,6 +195,18 @@ export function compareText(row, { prompt, ids, said, ended }, near) {
   const parting = place >= 0 ? place : said.length > row.answer_ids.length || ended !== row.ended ? row.answer_ids.length : -1;
   if (parting < 0) return null;
   return row.margins[parting] < near ? "near" : "why_answer";
+}
+
+/** The same of a text that was asked about in windows. */
+export function compareWindows(row, { windows, answer }, { near, no_answer }) {
+  if (windows.map(({ prompt }) => prompt).join("\n") !== row.windows.map(({ prompt }) => prompt).join("\n")) return "why_windows";
+  const found = row.windows.map((window, place) => compareText(window, windows[place], near)).filter((why) => why !== null);
+  if (found.length > 0) return found.find((why) => why !== "near") ?? "near";
+  const taken = answer.trim() === no_answer ? "" : answer.trim();
+  if (taken === (row.answer ?? "")) return null;
+  const scored = row.windows.map((window) => ({ answer: window.answer, scores: window.log_probabilities }));
+  const other = takeLikeliest(scored.filter((window) => window.answer === answer), no_answer);
+  return likely(takeLikeliest(scored, no_answer)) - likely(other) < near ? "near" : "why_choice";
 }
 
 // ---------------------------------------------------------------- a grammar

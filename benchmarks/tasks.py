@@ -32,11 +32,11 @@ FOLDER = WORK / "tasks"
 RESULTS = ROOT / "results/tasks"
 CHECKED = FOLDER / "checked.json"
 SEED = 11
-LONGEST = 350  # characters of a text of CMRC 2018
+LONGEST = 400  # characters of a text of CMRC 2018
 RUNS = {
     "weibo-gemma": "Entities of Weibo NER, Gemma 3 270M",
     "weibo-12m": "Entities of Weibo NER, the base of 12.6 M parameters",
-    "cmrc-12m": "Questions of CMRC 2018, the base of 12.6 M parameters",
+    "cmrc-gemma": "Questions of CMRC 2018, Gemma 3 270M",
     "chat-12m": "Conversations, the base of 12.6 M parameters",
 }
 
@@ -70,7 +70,7 @@ def write_questions() -> None:
     )
     splits = {
         "test": take_questions(dev, 300),
-        "train": take_questions(dev, 280),
+        "train": take_questions(dev, 320),
         "validation": take_questions(trial, 60),
     }
     for split, paragraphs in splits.items():

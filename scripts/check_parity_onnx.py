@@ -39,6 +39,7 @@ from pockettune.runtimes.onnx import (
     OnnxModel,
     OnnxTokenizer,
     import_genai,
+    require_runtime,
     stop_tokens,
 )
 from pockettune.tasks import Message, load_task
@@ -48,6 +49,7 @@ def check_parity_onnx(a: argparse.Namespace) -> None:
     """Run every check; write `a.output` where all pass, else name all that failed in one error."""
     torch.set_num_threads(a.threads)
     model, export = a.model, a.export
+    require_runtime(export)
     examples = take_evenly(Examples(a.tokens / "test.arrow"), PROMPTS_TOKENIZED)
     answers = program.read_json(a.tokens / "answers.json")["ids"]
     task = load_task(a.settings["task"], a.settings["dataset"])

@@ -17,7 +17,7 @@ from typing import Any
 from pockettune.common import program
 from pockettune.common.errors import UserError
 from pockettune.data.records import read_records
-from pockettune.evaluation.conformance import Reply, describe, replay
+from pockettune.evaluation.conformance import Reply, describe, replay, unfold
 
 # In the words of OpenAI's API, and two of llama.cpp's and Ollama's that others leave unread.
 GREEDY = {"temperature": 0, "top_p": 1, "frequency_penalty": 0, "presence_penalty": 0, "top_k": 1,
@@ -104,7 +104,7 @@ def conform(bundle: Path, address: str, model: str | None, greedy: bool) -> None
     task, rows = (bundle / name for name in ("task.json", "conformance.jsonl"))
     if missing := [path.name for path in (task, rows) if not path.is_file()]:
         raise UserError(f"{bundle} is no bundle: {', '.join(missing)} is missing; make one first")
-    told, asked = program.read_json(task), list(read_records(rows))
+    told, asked = program.read_json(task), unfold(read_records(rows))
     server = Address(address, model, greedy, told["max_tokens"], told["stop"])
     try:
         verdict = replay(told, asked, server)

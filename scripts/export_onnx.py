@@ -12,6 +12,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -20,16 +21,18 @@ import torch
 
 from pockettune.common import program
 from pockettune.common.errors import UserError
+from pockettune.common.extras import use_extra
 from pockettune.data.chat import end_of_answer
 from pockettune.data.serving import context_tokens
 from pockettune.data.task_template import find_frame, write_template
 from pockettune.evaluation.metrics import provenance
-from pockettune.models.folder import load_tokenizer, tensor_shapes
+from pockettune.models.folder import count_parameters, load_tokenizer
 from pockettune.runtimes.onnx import (
     CHAT_TEMPLATE,
     CONFIG,
     MADE,
     WEIGHTS,
+    as_numbers,
     import_genai,
     stop_tokens,
 )
@@ -41,17 +44,16 @@ if TYPE_CHECKING:
 # The oldest ONNX Runtime that was seen to load what this exporter writes, of all types; 1.22.1 refuses it.
 NEEDS = "1.23.2"
 LEAST_CONTEXT = 1024
+BITS = {"fp32": 32, "int8": 8, "int4": 4}  # of a weight, at least
 
 
 def export_onnx(settings: Mapping[str, Any], model: Path, threads: int, output: Path) -> None:
     """Write `model` by the recipe to the folder `output`."""
     recipe = settings["recipe"]
     torch.set_num_threads(threads)
-    parameters = sum(map(math.prod, tensor_shapes(model).values()))
+    parameters = count_parameters(model)
     context = max(context_tokens(settings["tokenize"]["max_length"]), LEAST_CONTEXT)
-    with program.staged(
-        output, needed=parameters * (4 if recipe["type"] == "fp32" else 1)
-    ) as partial:
+    with program.staged(output, needed=parameters * BITS[recipe["type"]] // 8) as partial:
         build(model, recipe, context, partial)
         tokenizer = load_tokenizer(model)
         finish_config(partial, context, tokenizer)
@@ -66,6 +68,7 @@ def export_onnx(settings: Mapping[str, Any], model: Path, threads: int, output: 
 
 def build(model: Path, recipe: Mapping[str, Any], context: int, output: Path) -> None:
     """Run the builder in this process; what it prints goes into the log."""
+    check_version()
     import_genai()
     cache = output / "cache"
     place = ("", str(model), str(output), recipe["type"], "cpu", str(cache))
@@ -87,7 +90,7 @@ def build(model: Path, recipe: Mapping[str, Any], context: int, output: Path) ->
     shutil.rmtree(cache, ignore_errors=True)
 
 
-def mends(builder: Any) -> dict[str, Callable[..., Any]]:
+def mends(builder: Any) -> dict[str, Any]:
     """Return what takes the place of methods of the builder (0.18.0), by their names."""
     return {
         "has_lm_head": is_head,
@@ -97,6 +100,16 @@ def mends(builder: Any) -> dict[str, Callable[..., Any]]:
             builder.make_tied_quantized_embedding_input_names
         ),
     }
+
+
+def check_version() -> None:
+    """Raise UserError where the ONNX Runtime that is here could not load what is made."""
+    use_extra("onnx")
+    found = version("onnxruntime")
+    if as_numbers(found) < as_numbers(NEEDS):
+        raise UserError(
+            f"onnxruntime {found} is here, exporting needs {NEEDS} or newer: rm -r .packages/onnx && make onnx"
+        )
 
 
 def is_head(self: Any, module: torch.nn.Module) -> bool:

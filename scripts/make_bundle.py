@@ -33,10 +33,10 @@ from pockettune.data.serving import (
     write_modelfile,
     write_preset,
 )
-from pockettune.data.task_template import Frame, find_frame, holds_conversation
+from pockettune.data.task_template import Frame, asked_texts, find_frame, holds_conversation
 from pockettune.data.turns import Turns, find_turns
 from pockettune.evaluation.certainty import watch_answers
-from pockettune.evaluation.conformance import NEAR, ROWS, messages_of
+from pockettune.evaluation.conformance import NEAR, ROWS, messages_of, unfold
 from pockettune.evaluation.scoring import decisive_prefixes
 from pockettune.evaluation.text_stages import group_records
 from pockettune.models.folder import load_tokenizer
@@ -50,6 +50,8 @@ LICENCE = """The model is made of a base model under this licence: {}
 Its text: https://spdx.org/licenses/, and beside the base model that card.md names.
 """
 SPARE = 4  # tokens beyond the longest answer, should it be written in others
+# Of the rows, texts that were asked about in windows, and windows of each at most: a server has to answer them all.
+LONG_TEXTS, MOST_WINDOWS = 3, 6
 
 
 def make_bundle(a: argparse.Namespace) -> None:
@@ -76,7 +78,8 @@ def make_bundle(a: argparse.Namespace) -> None:
         shutil.copyfile(a.gguf, folder / MODEL)
         with LlamaModel(a.gguf, a.threads) as llama:
             bos = str(tokenizer.bos_token) if llama.adds_bos() else ""
-            rows = list(conformance_rows(a, name, llama, task))
+            rows = list(conformance_rows(a, name, llama, task, asked))
+        single = unfold(rows)
         what = (
             describe_text(settings["task"], task, text)
             if text
@@ -86,7 +89,7 @@ def make_bundle(a: argparse.Namespace) -> None:
             **describe_task(settings, what, asked, bos, stop, max_tokens),
             **({} if text else describe_trust(program.read_json(a.metrics)["stages"][name])),
             "near": NEAR,
-            "example": {key: rows[0][key] for key in EXAMPLE if key in rows[0]},
+            "example": {key: single[0][key] for key in EXAMPLE if key in single[0]},
             "model": MODEL,
             "file": name,
         }
@@ -102,7 +105,7 @@ def make_bundle(a: argparse.Namespace) -> None:
             ),
             **grammars,
             "llama-server.ini": write_preset(MODEL, max_tokens, context),
-            "README.md": write_page(a.page, told, rows, a.output),
+            "README.md": write_page(a.page, told, single, a.output),
             "card.md": a.card.read_text(encoding="utf-8"),
             "LICENSE.txt": LICENCE.format(settings["card"]["license"]),
         }
@@ -113,7 +116,7 @@ def make_bundle(a: argparse.Namespace) -> None:
 
 
 def conformance_rows(
-    a: argparse.Namespace, name: str, llama: LlamaModel, task: Task
+    a: argparse.Namespace, name: str, llama: LlamaModel, task: Task, asked: Frame | Turns
 ) -> Iterator[dict[str, Any]]:
     """Yield rows that were scored: what a program sends, the prompt, its ids, what was answered.
 
@@ -125,7 +128,7 @@ def conformance_rows(
     records = {record["id"]: record for record in read_records(a.records)}
     examples = Examples(a.tokens / f"{a.settings['evaluate']['split']}.arrow")
     if text := as_text_task(task):
-        return text_rows(a, llama, text, examples, scored, records)
+        return text_rows(a, llama, text, asked, examples, scored, records)
     return label_rows(a, llama, task, examples, scored, records)
 
 
@@ -161,47 +164,93 @@ def text_rows(
     a: argparse.Namespace,
     llama: LlamaModel,
     task: TextTask,
+    asked: Frame | Turns,
     examples: Sequence[Example],
     scored: Mapping[str, Mapping[str, Any]],
     records: Mapping[str, Record],
 ) -> Iterator[dict[str, Any]]:
     """Yield rows with the text that was generated and how sure each of its tokens is.
 
-    Of a conversation the last answer; of records that were asked about in several windows none.
+    Of a conversation the last answer. Of a text that was asked about in windows the texts, a row for each
+    window, and the answer that was taken of theirs; they come last.
     """
-    conversation = holds_conversation(task)
-    breaks = a.settings["card"]["template"] == "task"  # the file's template breaks control tokens
-    whole = [
-        group[-1]
-        for group in group_records(examples)
-        if (row := scored.get(group[0].record)) and isinstance(row["answer_ids"], str)
-        if (len(group) == 1 or conversation) and not group[-1].cut
-        if breaks or not group[-1].defused
+    for group, told in written_rows(a, llama, task, examples, scored):
+        record = records[group[0].record]
+        if len(group) > 1:
+            assert isinstance(asked, Frame)
+            yield {
+                "id": record["id"],
+                "texts": {name: record[name] for name in asked_texts(task)},
+                "windows": [
+                    {"id": example.id, "message": asked.message(example.prompt), **row}
+                    for example, row in zip(group, told, strict=True)
+                ],
+                "answer": json.loads(scored[record["id"]]["prediction"]),
+            }
+        elif isinstance(asked, Turns):
+            yield {"id": record["id"], "messages": task.prompt(record), **told[0]}
+        else:
+            yield {"id": record["id"], "message": message(a.settings, task, record), **told[0]}
+
+
+def written_rows(
+    a: argparse.Namespace,
+    llama: LlamaModel,
+    task: TextTask,
+    examples: Sequence[Example],
+    scored: Mapping[str, Mapping[str, Any]],
+) -> Iterator[tuple[list[Example], list[dict[str, Any]]]]:
+    """Yield the examples of a record, and of each its prompt and its answer."""
+    chosen = choose_groups(a, task, examples, scored)
+    single = [example for group in chosen for example in group]
+    prompts = [llama.tokenize(example.prompt) for example in single]
+    said = [
+        ids
+        for group in chosen
+        for ids in json.loads(scored[group[0].record]["answer_ids"])[-len(group) :]
     ]
-    refuse_none(whole)
-    chosen = take_evenly(whole, ROWS)
-    prompts = [llama.tokenize(example.prompt) for example in chosen]
-    said = [json.loads(scored[example.record]["answer_ids"])[-1] for example in chosen]
     sure = watch_answers(llama, prompts, said, task.max_answer_tokens)
-    for example, prompt, ids, certainty in zip(chosen, prompts, said, sure, strict=True):
-        record = records[example.record]
-        sent = (
-            {"messages": task.prompt(record)}
-            if conversation
-            else {"message": message(a.settings, task, record)}
-        )
-        yield {
-            "id": example.record,
-            **sent,
+    rows = (
+        {
             "prompt": example.prompt,
             "prompt_ids": prompt,
             "answer": as_text(llama, ids),
             "answer_ids": ids,
             **certainty,
         }
+        for example, prompt, ids, certainty in zip(single, prompts, said, sure, strict=True)
+    )
+    for group in chosen:
+        yield group, [next(rows) for _ in group]
 
 
-def refuse_none(whole: Sequence[Example]) -> None:
+def choose_groups(
+    a: argparse.Namespace,
+    task: TextTask,
+    examples: Sequence[Example],
+    scored: Mapping[str, Mapping[str, Any]],
+) -> list[list[Example]]:
+    """Return the records that become rows: one example of each, or of some texts all windows."""
+    breaks = a.settings["card"]["template"] == "task"  # the file's template breaks control tokens
+    groups = [
+        group
+        for group in group_records(examples)
+        if (row := scored.get(group[0].record)) and isinstance(row["answer_ids"], str)
+        if not group[-1].cut and (breaks or not any(example.defused for example in group))
+    ]
+    if holds_conversation(task):
+        groups = [group[-1:] for group in groups]
+    # Other programs can make windows where task.json tells the stride, and send them where it tells the prompt.
+    told = a.settings["task"].get("stride") is not None and not breaks
+    windowed = [group for group in groups if 1 < len(group) <= MOST_WINDOWS] if told else []
+    long = take_evenly(windowed, LONG_TEXTS)
+    short = [group for group in groups if len(group) == 1]
+    chosen = [*take_evenly(short, ROWS - sum(map(len, long))), *long]
+    refuse_none(chosen)
+    return chosen
+
+
+def refuse_none(whole: Sequence[Any]) -> None:
     if not whole:
         raise UserError(
             "bundle: every evaluated text is longer than tokenize.max_length, or none was answered, so that no"
@@ -228,7 +277,12 @@ def write_page(
     }
     request = json.dumps(body, ensure_ascii=False, indent=2)
     content = {
-        "task": {"labels": [], "turns": None, "grammar": None, "texts": [], **task},
+        "task": {
+            **dict.fromkeys(("turns", "grammar", "stride", "no_answer")),
+            "labels": [],
+            "texts": [],
+            **task,
+        },
         "rows": len(rows),
         "request": request,
         "folder": shlex.quote(str(output)),

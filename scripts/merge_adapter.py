@@ -8,12 +8,16 @@ Output  a model folder: FP16 safetensors, the base's tokenizer files unchanged
 """
 
 import argparse
-import math
 from pathlib import Path
 
 from pockettune.common import program
 from pockettune.common.errors import UserError
-from pockettune.models.folder import copy_tokenizer, embedding_shape, tensor_shapes
+from pockettune.models.folder import (
+    copy_tokenizer,
+    count_parameters,
+    embedding_shape,
+    tensor_shapes,
+)
 from pockettune.models.merging import write_merged
 from pockettune.runtimes.memory import memory_hint
 
@@ -25,7 +29,7 @@ LESS_MEMORY = "merging takes about 3 GB: run it where they are free"
 
 def merge_adapter(base: Path, adapter: Path, output: Path) -> None:
     """Merge in fp32, round once to fp16, and write the model folder."""
-    needed = 2 * sum(map(math.prod, tensor_shapes(base).values()))  # the tokenizer comes on top
+    needed = 2 * count_parameters(base)  # the tokenizer comes on top
     with program.staged(output, needed) as partial, memory_hint(LESS_MEMORY):
         try:
             parameters = write_merged(base, adapter, partial)

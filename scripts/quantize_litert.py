@@ -14,7 +14,8 @@ from typing import Any
 from pockettune.common import program
 from pockettune.litert.bundles import make_serving, write_bundle
 from pockettune.litert.files import describe_file, lift_zero_scales
-from pockettune.litert.quantizing import quantize
+from pockettune.litert.quantizing import BITS, quantize
+from pockettune.models.folder import count_parameters
 
 
 def quantize_litert(
@@ -22,7 +23,9 @@ def quantize_litert(
 ) -> None:
     """Write `source` quantized by settings["recipe"] to `output`, and with what an app needs to `bundle`."""
     ends = program.read_json(tokens / "answers.json")["ends"]
-    with program.staged(output) as partial:
+    # The bundle is a copy of it.
+    needed = 2 * count_parameters(model) * BITS[settings["recipe"]["type"]] // 8
+    with program.staged(output, needed) as partial:
         quantize(source, settings["recipe"]["type"], partial)
         partial.chmod(0o644)  # the library marks it as a program
         if lifted := lift_zero_scales(partial):

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -78,6 +79,20 @@ def run_program(name: str, *arguments: str | Path) -> subprocess.CompletedProces
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def kill_in_mid_work(name: str, output: Path, *arguments: str | Path) -> None:
+    """Run a program of scripts/ until it begins to write `output`, and end it without a chance to clean up."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "scripts" / name), *map(str, arguments), "--output", str(output)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    while not list(output.parent.glob(f".{output.name}.*.partial")):
+        assert process.poll() is None, "it ended before it was killed"
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not output.exists(), "killed before the end"
 
 
 def copy_checkout(target: Path) -> Path:

@@ -4,8 +4,8 @@ The small run is started again and again in a checkout of its own. Each time, a 
 often enough is let run for a random share of its usual time, then everything dies at once, as when
 the machine loses power. After every kill the plan must hold just the jobs that had not finished.
 At the end the run is let finish, and what it made is compared with an undisturbed run's. Then the same
-with the rules that it does not need, in the same folders: on fewer layers, with the run itself as
-teacher, with importance, with a trimmed vocabulary.
+with the rules that it does not need, in the same folders: files of the other formats whose packages are
+here; then on fewer layers, with the run itself as teacher, with importance, with a trimmed vocabulary.
 
     python tests/kill_every_rule.py --rounds 3
 """
@@ -25,6 +25,7 @@ import yaml
 
 from comparison import differing_files
 from conftest import CONVERTER, SMALL, copy_checkout, kill_session, run_snakemake, start_snakemake
+from formats_run import ask_for_formats
 from small_run import copy_as_teacher
 
 # The rules that the small run does not need, up to the last of them.
@@ -34,6 +35,18 @@ MORE = ("runs/more.yaml", "--", "results/small/importance.gguf", "results/small/
 ASKED_FOR = ("bundle", "app")
 
 JOB = re.compile(r"^(?:local)?rule (\w+):\n((?: +.*\n)+)", re.MULTILINE)
+
+# Rules whose benchmarks are not named after rule and wildcard.
+NAMED_OTHERWISE = {
+    "evaluate_variant": "evaluate",
+    "evaluate_onnx": "evaluate",
+    "evaluate_litert": "evaluate",
+    "export_onnx": "export",
+    "export_litert": "export_litert_float",
+    "quantize_litert": "export",
+    "measure_speed_onnx": "measure_speed",
+    "measure_speed_litert": "measure_speed",
+}
 
 Job = str  # a rule's name and its wildcards, "evaluate_variant variant=q4_k_m"
 
@@ -71,11 +84,8 @@ def usual_seconds(folder: Path) -> dict[Job, float]:
 def usual_time(job: Job, usual: dict[str, float]) -> float:
     """Return a job's usual time; two seconds where no benchmark tells."""
     rule, _, wildcards = job.partition(" ")
-    value = wildcards.partition("=")[2]
-    name = (
-        f"evaluate_{value}" if rule == "evaluate_variant" else f"{rule}_{value}" if value else rule
-    )
-    return usual.get(name, 2.0)
+    step, value = NAMED_OTHERWISE.get(rule, rule), wildcards.partition("=")[2]
+    return usual.get(f"{step}_{value}" if value else step, 2.0)
 
 
 class Victim:
@@ -234,12 +244,13 @@ def main() -> None:
         killed = begin(Path(folder, "killed", "checkout"))
         hits = kill_all(undisturbed, killed, arguments.rounds, arguments.seed)
         compare(undisturbed, killed)
-        for checkout in (undisturbed, killed):
-            ask_for_more(checkout)
-        result = run_snakemake(undisturbed, *SMALL, *MORE)
-        assert result.returncode == 0, result.stdout[-3000:]
-        hits += kill_all(undisturbed, killed, arguments.rounds, arguments.seed, *MORE)
-        compare(undisturbed, killed)
+        for ask, target in ((ask_for_formats, ()), (ask_for_more, MORE)):
+            for checkout in (undisturbed, killed):
+                ask(checkout)
+            result = run_snakemake(undisturbed, *SMALL, *target)
+            assert result.returncode == 0, result.stdout[-3000:]
+            hits += kill_all(undisturbed, killed, arguments.rounds, arguments.seed, *target)
+            compare(undisturbed, killed)
     for job, count in sorted(hits.items()):
         print(f"{count:3} {job}")
     print(

@@ -15,7 +15,7 @@ import socket
 import threading
 import urllib.request
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,13 @@ from fetch_wllama import PACKAGE, fetch_wllama
 from firefox import FIREFOX, Firefox
 from generated import make_review
 from pockettune.common.errors import UserError
+from pockettune.data.prompts import ExampleMaker
+from pockettune.models.folder import load_tokenizer
 from pockettune.sources.packages import download_npm_package
+from pockettune.tasks import load_task
 from small_run import make_base
 from test_workflow import edit_run, planned
-from text_bundles import TASKS, make_text_app, make_text_bundle
+from text_bundles import NO, SYSTEM, TASKS, make_text_app, make_text_bundle, settings_of
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)  # fmt: skip
 # Between llama-cpp-python on this machine's processor and wllama in WebAssembly: other kernels sum in
@@ -156,6 +159,12 @@ class Visit:
         self.page.on("console", lambda line: self.complaints.append(f"{line.type}: {line.text}"))
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.goto(url)
+
+    def complained(self) -> list[str]:
+        return self.complaints
+
+    def press(self, keys: str) -> None:
+        self.page.keyboard.press(keys)
 
     def status(self, wanted: str) -> None:
         """Wait until the page says so."""
@@ -748,9 +757,64 @@ def kind_of(app: Path) -> str:
     return str(json.loads((app / "task.json").read_text())["type"])
 
 
-def test_page_of_text_answers_as_the_file_was_scored(text_app: Path, serve: Callable[..., Served], visit: Callable[..., Visit]) -> None:  # fmt: skip
-    served = serve(text_app)
-    page = visit(served.url, locale="zh-CN", viewport={"width": 360, "height": 740})
+class FirefoxVisit(Visit):
+    """The same in Firefox, whose complaints are asked for at the end."""
+
+    def __init__(self, firefox: Firefox, url: str) -> None:
+        self.page, self.url = firefox, url
+        firefox.open(url)
+        firefox.narrow(360)
+
+    def status(self, wanted: str) -> None:
+        shown = f"document.body.innerText.includes({json.dumps(wanted)})"
+        self.page.run(
+            f"while (!({shown})) await new Promise((next) => requestAnimationFrame(next))"
+        )
+
+    def load(self) -> None:
+        self.page.wait_for_selector("#load:not([hidden])")
+        super().load()
+
+    def press(self, keys: str) -> None:
+        self.page.press(keys)
+
+    def complained(self) -> list[str]:
+        return self.page.complaints(self.url)
+
+
+@pytest.fixture(params=["chromium", "firefox"])
+def browse(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[..., Visit]]:
+    """Open a page in a browser of its own, 360 pixels wide, in Chinese; in each browser."""
+    opened: list[Firefox] = []
+
+    def start(url: str) -> Visit:
+        if request.param == "chromium":
+            size = {"width": 360, "height": 740}
+            return request.getfixturevalue("visit")(url, locale="zh-CN", viewport=size)
+        opened.append(Firefox(tmp_path, "zh-CN"))
+        return FirefoxVisit(opened[-1], url)
+
+    if request.param == "firefox" and FIREFOX is None:
+        pytest.skip("no Firefox: apt-get install firefox-esr")
+    yield start
+    for firefox in opened:
+        firefox.close()
+
+
+# How many pixels of the last message are below what is shown of the conversation.
+HIDDEN_END = """(() => {
+  const talk = document.getElementById("talk");
+  return talk.lastChild.getBoundingClientRect().bottom - talk.getBoundingClientRect().bottom;
+})()"""
+
+
+def of_kind(kind: str) -> pytest.MarkDecorator:
+    """Have a test run with the app of one task of text alone."""
+    return pytest.mark.parametrize("text_app", [kind], indirect=True)
+
+
+def test_page_of_text_answers_as_the_file_was_scored(text_app: Path, serve: Callable[..., Served], browse: Callable[..., Visit]) -> None:  # fmt: skip
+    page = browse(serve(text_app).url)
     page.load()
     kind = kind_of(text_app)
     assert page.page.is_visible("#many") == (kind == "entities"), "a row is one text"
@@ -770,80 +834,219 @@ def test_page_of_text_answers_as_the_file_was_scored(text_app: Path, serve: Call
         assert page.page.is_visible(f"#{state}")
     shown = page.page.inner_text("body")
     assert "undefined" not in shown and "{" not in shown
-    assert page.page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert page.page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
     assert page.page.evaluate(NAMELESS) == [] and page.page.evaluate(SMALL_TARGETS) == []
     assert page.page.evaluate(CONTRAST) >= 4.5, "WCAG AA"
-    assert page.complaints == []
+    assert page.complained() == []
 
 
 def ask_model(page: Visit, call: str) -> Any:
-    """Return what a call of the page's own code gives; `model` and `text` are there."""
+    """Return what a call of the page's own code gives; `app`, `model` and `text` are there."""
     return page.page.evaluate(
-        "async () => { const { app: { model } } = await import('/app.js');"
-        f" const text = await import('/text.js'); return {call}; }}"
+        "async () => { const { app } = await import(new URL('app.js', location.href)), { model } = app;"
+        f" const text = await import(new URL('text.js', location.href)); return {call}; }}"
     )
 
 
-def test_entities_are_of_the_grammar_and_marked_in_the_text(text_app: Path, serve: Callable[..., Served], visit: Callable[..., Visit]) -> None:  # fmt: skip
-    if kind_of(text_app) != "entities":
-        pytest.skip("of entities alone")
-    page = visit(serve(text_app).url)
+@of_kind("entities")
+def test_entities_are_of_the_grammar_and_marked_in_the_text(text_app: Path, serve: Callable[..., Served], browse: Callable[..., Visit]) -> None:  # fmt: skip
+    page = browse(serve(text_app).url)
     page.load()
     # The base says other words, so what it says here is the grammar's doing; it ends by the limit of tokens.
-    for written in ask_model(
-        page, "Promise.resolve(model.write({ text: '房间' })).then((w) => [w.answer])"
-    ):
-        assert re.match(r"(地点|东西): |无$", written), written
+    for written in ask_model(page, "model.write({ text: '房间' }).then((w) => [w.answer])"):
+        assert re.match(r'\[\]$|\[\["(地点|东西)","', written), written
     told = [
         {"type": "地点", "name": "北京", "start": 1, "end": 3},
         {"type": "地点", "name": "北京", "start": 4, "end": 6},
     ]
-    read = "text.readEntities('地点: 北京\\n东西: 船\\n地点: 北京', '在北京和北京', model.task)"
+    read = """text.readEntities('[["地点","北京"],["东西","船"],["地点","北京"]]', '在北京和北京', model.task)"""
     assert ask_model(page, read) == told, "what does not stand in the text is left out"
-    assert ask_model(page, "text.readEntities('正面', '房间', model.task)") is None
-    page.page.evaluate(
-        "async () => { const { app } = await import('/app.js');"
-        f" app.model.write = async () => ({{ answer: '地点: {EVIL}\\n东西: 水', said: [1], ids: [1], seconds: 0, cut: null, ended: true }}); }}"
+    others = ("正面", '[["地点","北京"]', '[["国名","北京"]]', '[["地点",1]]', '{"地点":"北京"}')
+    for other in others:
+        assert ask_model(page, f"text.readEntities('{other}', '北京', model.task)") is None, other
+    cut = """text.readEntities('[["地点","北京"],["东西","船]', '北京的船', model.task, false)"""
+    assert ask_model(page, cut) == [{"type": "地点", "name": "北京", "start": 0, "end": 2}]
+    answer = json.dumps(
+        json.dumps([["地点", EVIL], ["东西", "船"], ["东西", "水"]], ensure_ascii=False)
     )
+    written = (
+        f"{{ answer: {answer}, said: [1], ids: [1], cut: null, ended: true, left: 0, seconds: 0 }}"
+    )
+    ask_model(page, f"model.write = async () => ({{ ...{written}, windows: [{written}] }})")
     page.ask(f"喝水 {EVIL}")
-    assert page.page.eval_on_selector_all("mark", "all => all.map((m) => m.firstChild.data)") == [
-        "水",
-        EVIL,
-    ]
-    assert page.page.query_selector("img") is None
-    assert page.page.eval_on_selector_all("#labels li", "all => all.length") == 2
+    marked = "[...document.querySelectorAll('mark')].map((m) => m.firstChild.data)"
+    assert page.page.evaluate(marked) == ["水", EVIL]
+    assert page.page.evaluate("document.images.length") == 0
+    assert page.page.evaluate("document.querySelectorAll('#labels li').length") == 2
     page.page.click("#many summary")
-    page.page.fill("#table", "text,n\n喝水,1\n ,2")
+    page.page.fill("#table", f"text,n\n喝水{EVIL},1\n ,2")
     page.page.click("#run")
     page.page.wait_for_selector("#save:not([hidden])", timeout=60_000)
-    written = page.page.evaluate(
-        "fetch(document.getElementById('save').href).then((r) => r.text())"
+    saved = page.page.evaluate("fetch(document.getElementById('save').href).then((r) => r.text())")
+    rows = list(csv.reader(io.StringIO(saved, newline="")))
+    assert [row[2] for row in rows[1:]] == [f"地点: {EVIL}\n东西: 水", ""], (
+        "what stands in the text"
     )
-    assert [len(row) for row in csv.reader(io.StringIO(written))] == [3, 3, 3]
+    assert page.page.evaluate("document.querySelector('#answers td:last-child').clientWidth") > 160
 
 
-def test_conversation_goes_on_and_is_cleared(text_app: Path, serve: Callable[..., Served], visit: Callable[..., Visit]) -> None:  # fmt: skip
-    if kind_of(text_app) != "chat":
-        pytest.skip("of chat alone")
-    page = visit(serve(text_app).url)
+@of_kind("chat")
+def test_conversation_goes_on_and_is_cleared(text_app: Path, serve: Callable[..., Served], browse: Callable[..., Visit]) -> None:  # fmt: skip
+    page = browse(serve(text_app).url)
     page.load()
-    for place, text in enumerate((EVIL, "房间")):
+    for place, text in enumerate((EVIL, "房间", GOOD, BAD)):
         page.page.fill("#text", text)
-        page.page.keyboard.press("Control+Enter")
+        page.press("Control+Enter")
         last = f"#talk:not([aria-busy]) li:nth-child({2 * place + 2})"
         page.page.wait_for_selector(last, timeout=60_000)
-    assert (
-        page.page.eval_on_selector_all("#talk li", "all => all.map((li) => li.className)")
-        == ["user", "assistant"] * 2
-    )
-    assert page.page.query_selector("img") is None
-    forgets = "model.reply(Array.from({ length: 41 }, (_, n) => ({ role: n % 2 ? 'assistant' : 'user', content: '房间很好' }))).then((r) => r.forgotten)"
-    assert ask_model(page, forgets) is True
+    roles = "[...document.querySelectorAll('#talk li')].map((li) => li.className)"
+    assert page.page.evaluate(roles) == ["user", "assistant"] * 4
+    assert page.page.evaluate(HIDDEN_END) <= 0, "the last answer is in view"
+    assert page.page.evaluate("document.images.length") == 0
     stopped = ask_model(page, "text.writeAnswer(model, [1, 2, 3], { wanted: () => false })")
     assert stopped == {"answer": "", "said": [], "ended": False, "scores": []}
     page.page.click("#clear")
-    assert (
-        page.page.is_hidden("#talk")
-        and page.page.evaluate("import('/app.js').then((m) => m.app.talk.length)") == 0
+    assert not page.page.is_visible("#talk") and ask_model(page, "app.talk.length") == 0
+    assert page.complained() == []
+
+
+def maker_of(app: Path) -> ExampleMaker:
+    """Return what made the examples of an app's task."""
+    settings = settings_of(kind_of(app))
+    task = load_task(settings["task"], settings["dataset"])
+    return ExampleMaker(load_tokenizer(make_base()), task, settings["tokenize"]["max_length"])
+
+
+def talk_of(turns: Sequence[str]) -> list[dict[str, str]]:
+    """Return a conversation that ends with the user, behind the system's message."""
+    said = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]
+    return [{"role": "system", "content": SYSTEM}, *said]
+
+
+@of_kind("chat")
+def test_long_conversation_loses_what_it_lost_in_training(text_app: Path, serve: Callable[..., Served], browse: Callable[..., Visit]) -> None:  # fmt: skip
+    page, maker = browse(serve(text_app).url), maker_of(text_app)
+    page.load()
+    talks = [talk_of([f"{GOOD}{n}" for n in range(count)]) for count in (1, 3, 7, 21)]
+    talks.append(talk_of([GOOD, BAD, "<|im_end|>", BAD, GOOD * 2]))
+    for talk in talks:
+        record = {"id": "a", "text": "", "messages": [*talk, {"role": "assistant", "content": ""}]}
+        examples = list(maker.make([record]))
+        asked = ask_model(page, f"model.reply({json.dumps(talk)}, {{ wanted: () => false }})")
+        assert asked["prompt"] == examples[-1].prompt and asked["cut"] is None
+        assert asked["forgotten"] == (len(talk) > 4) == examples[-1].cut
+    # Of the only message the start is read; Python's cut may leave some tokens' room.
+    asked = ask_model(page, f"model.reply({json.dumps(talk_of([GOOD * 30]))}, {{ wanted: () => false }})")  # fmt: skip
+    assert 0 < asked["cut"] < len(GOOD * 30) and len(asked["ids"]) <= 128 - 13
+    ask_model(page, f"app.talk = {json.dumps(talks[2][1:-1])}")
+    page.page.fill("#text", GOOD)
+    page.press("Control+Enter")
+    page.status("最早的消息未读：模型读不了更多")
+
+
+LONG_TEXT = "".join(make_review(random.Random(n), n % 2 == 0) for n in range(12))
+LONG_TEXTS = {
+    "a long text": (LONG_TEXT, "怎么样"),
+    "parts of more tokens than others": (GOOD * 9 + "\U0001f600龘X" * 90 + BAD * 9, "x"),
+    "characters of two units": ("\U0001f600房" * 300, "\U0001f600"),
+    "what would end the turn": (f"{GOOD}<|im_end|>" * 12, "<|im_start|>"),
+    "spaces around": (f"  \n{LONG_TEXT}\n\t {LONG_TEXT}\n ", " \n?"),
+}
+
+
+@of_kind("answer")
+def test_windows_are_those_of_the_evaluation(text_app: Path, serve: Callable[..., Served], browse: Callable[..., Visit]) -> None:  # fmt: skip
+    page, maker = browse(serve(text_app).url), maker_of(text_app)
+    page.load()
+    ask_model(page, "app.asked = async (texts) => (await model.write(texts)).windows")
+    for name, (text, question) in LONG_TEXTS.items():
+        record = {"id": name, "text": text, "question": question, "answers": []}
+        examples = list(maker.make([record]))
+        assert len(examples) > 2, name
+        texts = json.dumps({"text": text, "question": question})
+        windows = ask_model(page, f"app.asked({texts})")
+        assert [w["prompt"] for w in windows] == [e.prompt for e in examples], name
+        assert [w["ids"] for w in windows] == [e.prompt_ids for e in examples], name
+
+
+@of_kind("answer")
+def test_likeliest_window_is_taken_as_in_the_evaluation(text_app: Path, serve: Callable[..., Served], visit: Callable[..., Visit]) -> None:  # fmt: skip
+    task: Any = maker_of(text_app).text
+    chance = random.Random(3)
+    assert task
+    page = visit(serve(text_app).url)
+    said = [" ", NO, f" {NO}\n", "甲", " 丙 ", f"{NO}丁"]
+    found: list[list[dict[str, Any]]] = [
+        [
+            {"answer": chance.choice(said), "scores": [-chance.randint(0, 3) / 4 for _ in range(chance.randint(1, 3))]}
+            for _ in range(chance.randint(1, 4))
+        ]
+        for _ in range(300)
+    ]  # fmt: skip
+    taken = page.page.evaluate(
+        "async () => { const { takeLikeliest } = await import(new URL('text.js', location.href));"
+        f" return {json.dumps(found)}.map((written) => takeLikeliest(written, '{NO}').answer); }}"
     )
-    assert page.complaints == []
+    for windows, answer in zip(found, taken, strict=True):
+        parsed = [task.parse(window["answer"]) for window in windows]
+        assert task.parse(answer) == task.combine(parsed, [sum(w["scores"]) for w in windows])
+
+
+@of_kind("answer")
+def test_long_text_is_told_while_it_is_read(text_app: Path, serve: Callable[..., Served], browse: Callable[..., Visit]) -> None:  # fmt: skip
+    page = browse(serve(text_app).url)
+    page.load()
+    page.page.evaluate(
+        "() => { const said = document.getElementById('said'); window.seen = [];"
+        " new MutationObserver(() => window.seen.push(said.textContent)).observe(said, { childList: true }); }"
+    )
+    page.page.fill("#question", "怎么样")
+    page.ask(LONG_TEXT)
+    seen = page.page.evaluate("window.seen")
+    count = len(
+        [text for text in seen if re.match(r"正在阅读文本的第 \d+ 个片段，共 \d+ 个", text)]
+    )
+    assert count > 2 and f"正在阅读文本的第 {count} 个片段，共 {count} 个……" in seen
+    assert seen[count + 1 :] == [page.page.inner_text("#said")], "no answer of one window alone"
+    assert f"分成 {count} 个互相重叠的片段来读" in page.page.inner_text("#took")
+    texts = json.dumps({"text": LONG_TEXT, "question": "怎么样"})
+    stopped = ask_model(
+        page,
+        f"(() => {{ let at = 0; return model.write({texts}, {{ onWindow: (n) => at = n, wanted: () => at < 2 }}); }})()",
+    )
+    assert len(stopped["windows"]) == 1 and stopped["left"] == count - 1
+    assert stopped["ended"] and stopped["answer"] == stopped["windows"][0]["answer"]
+    nothing = ask_model(
+        page, f"model.write({texts}, {{ wanted: () => false }}).catch((e) => e.key)"
+    )
+    assert nothing == "halted_early"
+    page.page.fill("#question", "怎么样" * 200)
+    page.page.click("#answer")
+    page.status("问题太长，文本已放不下。")
+    page.page.fill("#question", "怎么样")
+    assert page.ask(GOOD), "the page goes on"
+    assert page.complained() == []
+
+
+@of_kind("answer")
+def test_row_of_windows_is_named_with_its_cause(text_app: Path, serve: Callable[..., Served], visit: Callable[..., Visit]) -> None:  # fmt: skip
+    page = visit(serve(text_app).url)
+    page.load()
+    # What the page asks and answers, as the rows of four runs.
+    told = ask_model(
+        page,
+        """(async () => {
+          const row = app.checks.find((row) => row.windows), written = await model.write(row.texts);
+          const other = row.windows.map((window, place) => ({ ...window, ...(place ? {} : { answer: "丙", answer_ids: [9], margins: [9, 9] }) }));
+          const best = { ...written.windows[0], answer: "丙", scores: [-1] }, next = { ...best, answer: "丁", scores: [-1.6] };
+          const asRow = ({ answer, said, scores, ids, ...window }) => ({ ...window, answer, answer_ids: said, log_probabilities: scores, prompt_ids: ids, margins: [9, 9, 9] });
+          const pair = { windows: [best, next].map(asRow), answer: "丙" };
+          const compared = (row, found) => text.compareWindows(row, found, model.task);
+          return [
+            compared(row, written), compared({ ...row, windows: row.windows.slice(1) }, written), compared({ ...row, windows: other }, written),
+            compared(pair, { windows: [best, next], answer: "丁" }),
+            compared({ ...pair, windows: [best, { ...next, scores: [-1.8] }].map(asRow) }, { windows: [best, next], answer: "丁" }),
+          ];
+        })()""",
+    )
+    assert told == [None, "why_windows", "why_answer", "near", "why_choice"]

@@ -1,6 +1,10 @@
 """Recipes of several formats: what a config may say, how stages are paired, what is chosen."""
 
+import importlib.util
 import json
+import shutil
+import subprocess
+import sys
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -20,8 +24,10 @@ from pockettune.evaluation.intervals import compare_changes
 from pockettune.machine.estimate import file_names, memory_items
 from pockettune.machine.exported import file_bytes
 from pockettune.machine.shape import Shape, Tensor, tensors_of
+from pockettune.machine.software import check_extra_packages
 from pockettune.workflow.config import check_config, drop_idle
 from test_doctor import make_run
+from test_parity import COLUMNS, TASK, write_tokens
 from write_report import shown_file
 
 SCHEMA = yaml.safe_load((ROOT / "schemas/config.schema.yaml").read_text())
@@ -171,6 +177,28 @@ def test_missing_packages_are_one_line_with_the_command(
     extras.check_extras(["onnx"], tmp_path)
 
 
+def test_doctor_names_what_is_missing_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(extras, "MODULES", {"onnx": "no_such_module", "litert": "no_such_module"})
+    run = make_run(
+        quantize={
+            "a": {"format": "onnx", "type": "int4"},
+            "b": {"format": "litert", "type": "dynamic_wi8_afp32"},
+        }
+    )
+    run.root = tmp_path
+    for missing in (["onnx", "litert"], ["litert"]):
+        (finding,) = check_extra_packages(run)
+        assert finding.state == "problem" and f"format {' and '.join(missing)}:" in finding.detail
+        assert finding.remedy == " && ".join(f"make {kind}" for kind in missing)
+        folder = extras.extra_folder(missing[0], tmp_path)
+        folder.mkdir(parents=True)
+        (folder / extras.INSTALLED).touch()
+    (finding,) = check_extra_packages(run)
+    assert (finding.state, finding.detail) == ("ok", "packages of onnx, litert are here")
+
+
 def test_files_of_all_formats_have_a_place_and_a_size() -> None:
     quantize = settled(
         a={"format": "onnx", "type": "int4"},
@@ -179,6 +207,8 @@ def test_files_of_all_formats_have_a_place_and_a_size() -> None:
     )
     assert file_names(quantize) == ["onnx_float.onnx", "q8_0.gguf", "a.onnx", "b.onnx", "c.onnx"]
     assert variants_of(quantize, "onnx") == ["a", "b", "c"]
+    litert = settled(d={"format": "litert", "type": "dynamic_wi8_afp32"})
+    assert file_names(litert)[1:] == ["q8_0.gguf", "d.tflite", "d.litertlm"]
     assert file_name("x", "litert") == "x.tflite"
     # SmolLM2-135M, whose three files were made: 86.3, 113.4 and 151.7 MB.
     layer = [("q_proj", (576, 576)), ("k_proj", (192, 576)), ("v_proj", (192, 576)), ("o_proj", (576, 576)),
@@ -237,3 +267,58 @@ def test_every_format_has_its_pins_in_both_places() -> None:
             entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict)
         )
         assert brought == pins, json.dumps(pins)
+
+
+# What each program that needs a format's packages is told; the files are not looked at before.
+PROGRAMS = {
+    "export_onnx": "settings model threads output",
+    "check_parity_onnx": "settings model export tokens records threads output",
+    "evaluate_onnx": "settings model tokens threads metrics predictions",
+    "measure_speed_onnx": "model threads output",
+    "export_litert": "settings model threads output",
+    "check_parity_litert": "settings model export tokens records threads output",
+    "quantize_litert": "settings source model tokens bundle output",
+    "evaluate_litert": "settings model bundle tokens threads metrics predictions",
+    "measure_speed_litert": "model threads output",
+}
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The programs in a checkout without .packages."""
+    folder = tmp_path_factory.mktemp("bare")
+    shutil.copytree(
+        ROOT / "scripts", folder / "scripts", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    return folder
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_program_without_its_packages_is_one_line(
+    name: str, bare: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    kind = name.rpartition("_")[2]
+    if importlib.util.find_spec(extras.MODULES[kind]):
+        pytest.skip(f"the packages of format {kind} are in the environment itself")
+    tokens, made = write_tokens(tiny_model, tmp_path / "tokens"), tmp_path / "made"
+    settings = {
+        "task": TASK, "dataset": COLUMNS, "tokenize": {"max_length": 128}, "recipe": {"type": "int4", "block": 32, "accuracy_level": 4},
+        "card": {"template": "task"}, "evaluate": {"split": "test", "limit": None, "greedy_rows": 0},
+    }  # fmt: skip
+    values: dict[str, Any] = {"settings": json.dumps(settings), "threads": 1, "tokens": tokens,
+                              "model": tiny_model, "records": tokens / "test.jsonl"}  # fmt: skip
+    options = [
+        str(word)
+        for option in PROGRAMS[name].split()
+        for word in (f"--{option}", values.get(option, made / option))
+    ]
+    result = subprocess.run(
+        [sys.executable, bare / f"scripts/{name}.py", *options], capture_output=True, text=True
+    )
+    assert result.returncode == 2, result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert errors == [
+        f"error: format {kind}: the packages that make and run such files are not here; install them:"
+        f" make {kind} (docs/formats.md)"
+    ]
+    assert "Traceback" not in result.stderr and not list(made.rglob("*.*"))

@@ -5,9 +5,9 @@ import argparse
 import json
 import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import test_disk_full
 from check_parity_litert import check_parity_litert
-from conftest import ROOT, run_program, write_gemma
+from conftest import kill_in_mid_work, run_program, write_gemma
+from formats_run import NEEDS
 from pockettune.common import program
 from pockettune.common.errors import UserError
-from pockettune.common.extras import INSTALLED, MODULES, extra_folder, use_extra
 from pockettune.data.prompts import Examples
 from pockettune.evaluation.statistics import normalise
 from pockettune.litert import bundles
@@ -40,13 +41,12 @@ from pockettune.machine.shape import Shape, tensors_of
 from pockettune.parity.reference import logits_of_torch
 from pockettune.runtimes.exact import load_exact
 from pockettune.runtimes.litert import LitertModel
+from test_disk_full import contents, run_unchecked, the_error
 from test_doctor import make_run
 from test_parity import COLUMNS, TASK, write_tokens
 
-HERE = (extra_folder("litert", ROOT) / INSTALLED).exists() or bool(find_spec(MODULES["litert"]))
-needs_litert = pytest.mark.skipif(
-    not HERE, reason="the packages of format litert are not here: make litert"
-)
+needs_litert = NEEDS["litert"]
+small = test_disk_full.small  # a fixture
 NAMES = ["tensors", "logits", "token_ids", "chat_template", "stop_tokens", "answers"]
 SETTINGS: dict[str, Any] = {
     "task": TASK, "dataset": COLUMNS, "tokenize": {"max_length": 128}, "card": {"template": "task"},
@@ -105,16 +105,20 @@ def gemma(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
     return export_case(write_gemma("gemma3_text", tiny_model, folder / "model"), folder)
 
 
+def quantize_options(honest: Case, kind: str, output: Path) -> list[str | Path]:
+    settings = {**SETTINGS, "recipe": {"format": "litert", "type": kind}}
+    return ["--settings", json.dumps(settings), "--source", honest.export, "--model", honest.model,
+            "--tokens", honest.tokens, "--bundle", output.with_suffix(".litertlm")]  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def quantized(honest: Case) -> dict[str, Path]:
     """Each type's .tflite file; a bundle lies beside it."""
     made = {}
     for kind in TYPES:
         made[kind] = honest.export.with_name(f"{kind}.tflite")
-        settings = {**SETTINGS, "recipe": {"format": "litert", "type": kind}}
-        result = run_program("quantize_litert.py", "--settings", json.dumps(settings), "--source", honest.export,
-                             "--model", honest.model, "--tokens", honest.tokens, "--output", made[kind],
-                             "--bundle", made[kind].with_suffix(".litertlm"))  # fmt: skip
+        options = quantize_options(honest, kind, made[kind])
+        result = run_program("quantize_litert.py", *options, "--output", made[kind])
         assert result.returncode == 0, result.stdout
     return made
 
@@ -271,10 +275,15 @@ def test_gemma_computes_what_pytorch_does(gemma: Case) -> None:
 def test_too_old_a_runtime_is_named(
     honest: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """By the gate, and by what opens a bundle at all."""
     monkeypatch.setattr(bundles, "LEAST_RUNTIME", "99.1.0")
+    told = r"asks for LiteRT-LM 99\.1\.0 or later, here is 0\."
+    with pytest.raises(UserError, match=told):
+        honest.check(tmp_path / "parity.json")
+    assert not list(tmp_path.iterdir())
     serving = make_serving(SETTINGS, honest.model, [2])
     write_bundle(honest.export, honest.model / "tokenizer.json", serving, tmp_path / "a.litertlm")
-    with pytest.raises(UserError, match=r"asks for LiteRT-LM 99\.1\.0 or later, here is 0\."):
+    with pytest.raises(UserError, match=told):
         open_bundle(tmp_path / "a.litertlm", threads=1).__enter__()
 
 
@@ -340,8 +349,70 @@ def test_sizes_and_memory_are_said_beforehand() -> None:
     )
 
 
-def test_missing_packages_are_one_line_with_the_command(tmp_path: Path) -> None:
-    if HERE:
-        pytest.skip("the packages are here")
-    with pytest.raises(UserError, match="make litert"):
-        use_extra("litert")
+# --- killed ---
+
+
+@needs_litert
+def test_killed_export_leaves_nothing_and_ends_in_the_same_bytes(
+    honest: Case, tmp_path: Path
+) -> None:
+    output = tmp_path / "litert_float.tflite"
+    settings = json.dumps({"tokenize": {"max_length": 128}})
+    options = ("--settings", settings, "--model", honest.model, "--threads", "1")
+    kill_in_mid_work("export_litert.py", output, *options)
+    result = run_program("export_litert.py", *options, "--output", output)
+    assert result.returncode == 0, result.stdout
+    assert [path.name for path in tmp_path.iterdir()] == [output.name]
+    assert output.read_bytes() == honest.export.read_bytes()
+
+
+@needs_litert
+def test_killed_quantizing_leaves_nothing_and_ends_in_the_same_bytes(
+    honest: Case, quantized: dict[str, Path], tmp_path: Path
+) -> None:
+    kind = TYPES[1]
+    output, made = tmp_path / "a.tflite", quantized[kind]
+    options = quantize_options(honest, kind, output)
+    kill_in_mid_work("quantize_litert.py", output, *options)
+    result = run_program("quantize_litert.py", *options, "--output", output)
+    assert result.returncode == 0, result.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.litertlm", "a.tflite"]
+    for suffix in (".tflite", ".litertlm"):
+        again, before = (path.with_suffix(suffix).read_bytes() for path in (output, made))
+        assert again == before, suffix
+
+
+@needs_litert
+def test_killed_gate_leaves_nothing(honest: Case, tmp_path: Path) -> None:
+    """It makes a bundle beside its result, of the float export's size."""
+    output = tmp_path / "parity.json"
+    options = ("--settings", json.dumps(SETTINGS), "--model", honest.model, "--export", honest.export,
+               "--tokens", honest.tokens, "--records", honest.tokens / "test.jsonl", "--threads", "1")  # fmt: skip
+    kill_in_mid_work("check_parity_litert.py", output, *options)
+    result = run_program("check_parity_litert.py", *options, "--output", output)
+    assert result.returncode == 0, result.stdout
+    assert [path.name for path in tmp_path.iterdir()] == [output.name]
+
+
+# --- full disk ---
+
+
+@needs_litert
+@pytest.mark.parametrize("run", [run_program, run_unchecked], ids=["refused", "full in mid-work"])
+def test_full_disk_is_one_line(
+    run: Callable[..., subprocess.CompletedProcess[str]], honest: Case, small: Path
+) -> None:
+    """Of the float export, and of what is made of it."""
+    settings = json.dumps({"tokenize": {"max_length": 128}})
+    export: list[str | Path] = ["--settings", settings, "--model", honest.model, "--threads", "1"]
+    output = small / "a.tflite"
+    calls: dict[str, list[str | Path]] = {
+        "export_litert.py": export,
+        "quantize_litert.py": quantize_options(honest, TYPES[0], output),
+    }
+    for name, options in calls.items():
+        result = run(name, *options, "--output", output)
+        assert result.returncode == 2, result.stdout
+        said = f"{output} needs " if run is run_program else f"disk full while writing {output}: "
+        assert the_error(result.stdout).startswith(said), name
+        assert contents(small) == []

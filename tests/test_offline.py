@@ -376,14 +376,20 @@ def write_source(folder: Path, name: str) -> None:
             tar.addfile(info, io.BytesIO(text.encode()))
 
 
+def write_wheel(folder: Path, name: str, version: str, needs: str) -> None:
+    """Write a wheel with nothing in it that asks for another package."""
+    stem = f"{name.replace('-', '_')}-{version}"
+    with zipfile.ZipFile(folder / f"{stem}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{stem}.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nRequires-Dist: {needs}\n")  # fmt: skip
+        wheel.writestr(f"{stem}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")  # fmt: skip
+        wheel.writestr(f"{stem}.dist-info/RECORD", "")
+
+
 def test_wheels_are_gathered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sources become wheels, except llama.cpp's, which is built for the processor it will run on."""
     index = tmp_path / "index"
     index.mkdir()
-    with zipfile.ZipFile(index / "tiny_wheel-2.0-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("tiny_wheel-2.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-wheel\nVersion: 2.0\nRequires-Dist: tiny_source\n")  # fmt: skip
-        wheel.writestr("tiny_wheel-2.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")  # fmt: skip
-        wheel.writestr("tiny_wheel-2.0.dist-info/RECORD", "")
+    write_wheel(index, "tiny-wheel", "2.0", needs="tiny_source")
     for name in ("tiny_source", "llama_cpp_python"):
         write_source(index, name)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -411,3 +417,49 @@ def test_setup_uses_the_wheels_of_a_bundle(tmp_path: Path) -> None:
     assert shown() == []
     (tmp_path / "resources/offline/wheels").mkdir(parents=True)
     assert shown() == ["PIP_FIND_LINKS=resources/offline/wheels", "PIP_NO_INDEX=1"]
+
+
+def test_packages_of_formats_are_packed_and_installed_from_the_bundle(
+    tmp_path: Path, no_network: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without what they would bring: their list names all."""
+    index, checkout = tmp_path / "index", tmp_path / "checkout"
+    for folder in (index, checkout):
+        folder.mkdir()
+    write_source(index, "tiny_source")
+    write_wheel(index, "tiny-wheel", "2.0", needs="tiny_source")
+    write_wheel(index, "tiny-format", "1.0", needs="nowhere-to-be-found")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    monkeypatch.setattr(pack_offline, "BUILD_REQUIREMENTS", ("tiny-wheel",))
+    lists = [checkout / name for name in ("requirements.txt", "constraints.txt", "requirements-onnx.txt")]  # fmt: skip
+    for path, text in zip(
+        lists, ("tiny-wheel", "tiny-wheel==2.0", "tiny-format==1.0"), strict=True
+    ):
+        path.write_text(f"{text}\n")
+    files: dict[str, dict[str, Any]] = {"model": {}, "dataset": {"files": {"train": "x"}}}
+    pack_offline.pack_offline(
+        files, None, [], (lists[0], lists[1]), tmp_path, tmp_path / "a.tar", extras=lists[2:]
+    )
+    assert not unpack(tmp_path / "a.tar", checkout).returncode
+    monkeypatch.delenv("PIP_FIND_LINKS")
+    shutil.copy(ROOT / "Makefile", checkout)
+    (checkout / ".venv").symlink_to(sys.prefix)
+    result = subprocess.run(
+        ["make", "-o", ".venv/installed", "onnx"], cwd=checkout, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    made = sorted(path.name for path in (checkout / ".packages/onnx").iterdir())
+    assert made == ["installed", "tiny_format-1.0.dist-info"]
+    assert not no_network.exists()
+
+
+def test_bundle_of_a_config_with_formats_holds_their_packages(tmp_path: Path) -> None:
+    recipes = {"a": {"format": "onnx", "type": "int8"}, "b": {"format": "litert", "type": "dynamic_wi8_afp32"}}  # fmt: skip
+    checkout = make_checkout(tmp_path, quantize=recipes)
+    for kind in ("onnx", "litert"):
+        (checkout / f".packages/{kind}").mkdir(parents=True)
+        (checkout / f".packages/{kind}/installed").touch()
+    target = "results/tiny/offline-with-wheels.tar"
+    result = run_snakemake(checkout, *TINY, "--dry-run", "--printshellcmds", "--", target)
+    assert "--extras requirements-onnx.txt requirements-litert.txt --constraints" in result.stdout

@@ -1,7 +1,8 @@
 """ONNX: an honest export passes the gate, each sabotage is told by its name, rows are scored alike."""
 
-import importlib.util
+import json
 import shutil
+import subprocess
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,12 +13,15 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
+import test_disk_full
 from check_parity_onnx import check_parity_onnx
-from conftest import SMALL, run_snakemake, write_gemma
+from conftest import kill_in_mid_work, run_program, write_gemma
 from export_onnx import export_onnx, prepare
+from formats_run import NEEDS
 from pockettune.common import program
+from pockettune.common.checksums import list_checksums
 from pockettune.common.errors import UserError
-from pockettune.common.extras import INSTALLED, extra_folder, use_extra
+from pockettune.common.extras import use_extra
 from pockettune.evaluation.statistics import normalise
 from pockettune.parity.exported import check_logits, check_token_ids
 from pockettune.parity.reference import logits_of_torch
@@ -33,11 +37,12 @@ from pockettune.runtimes.onnx import (
     check_runtime,
     describe_folder,
 )
+from test_disk_full import contents, run_unchecked, the_error
 from test_parity import COLUMNS, TASK, write_tokens
-from test_workflow import AFTER_EVALUATION, append, edit_run, planned
 
-HERE = (extra_folder("onnx") / INSTALLED).exists() or importlib.util.find_spec("onnxruntime_genai")
-pytestmark = pytest.mark.skipif(not HERE, reason="packages of format onnx are not here: make onnx")
+pytestmark = NEEDS["onnx"]
+small = test_disk_full.small  # a fixture
+Run = Callable[..., subprocess.CompletedProcess[str]]
 
 SETTINGS = {
     "task": TASK,
@@ -58,15 +63,18 @@ class Case:
     export: Path
     tokens: Path
 
+    def check(self, output: Path) -> None:
+        check_parity_onnx(
+            Namespace(
+                settings=SETTINGS, model=self.model, export=self.export, tokens=self.tokens,
+                records=self.tokens / "test.jsonl", threads=1, output=output,
+            )
+        )  # fmt: skip
+
     def failed(self, output: Path) -> tuple[list[str], str]:
         """Return the names of the checks that fail, and the error; ([], "") where all pass."""
         try:
-            check_parity_onnx(
-                Namespace(
-                    settings=SETTINGS, model=self.model, export=self.export, tokens=self.tokens,
-                    records=self.tokens / "test.jsonl", threads=1, output=output,
-                )
-            )  # fmt: skip
+            self.check(output)
         except UserError as error:
             told = str(error).split("checks failed: ")[1].split(" | ")
             return [part.split(":")[0] for part in told], str(error)
@@ -194,6 +202,33 @@ def test_a_runtime_that_is_too_old_is_named(honest: Case, tmp_path: Path) -> Non
         check_runtime(case.export, "9.9.9")
 
 
+def test_gate_names_a_runtime_that_is_too_old(
+    honest: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before onnxruntime-genai is loaded, which says in its own words that it finds another one."""
+    use_extra("onnx")
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "__version__", "1.20.1")
+    monkeypatch.setattr("check_parity_onnx.OnnxTokenizer", None)
+    with pytest.raises(
+        UserError, match=r"made for ONNX Runtime 1\.23\.2 or newer, this one is 1\.20\.1"
+    ):
+        honest.check(tmp_path / "parity.json")
+    assert not (tmp_path / "parity.json").exists()
+
+
+def test_exporter_names_a_runtime_that_is_too_old(
+    honest: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("export_onnx.version", lambda package: "1.22.1")
+    with pytest.raises(
+        UserError, match=r"onnxruntime 1\.22\.1 is here, exporting needs 1\.23\.2 or"
+    ):
+        export_onnx({**SETTINGS, "recipe": INT4}, honest.model, 1, tmp_path / "a.onnx")
+    assert not list(tmp_path.iterdir())
+
+
 def test_folder_that_cannot_be_loaded_is_one_line(honest: Case, tmp_path: Path) -> None:
     case = edited(honest, tmp_path, lambda folder: (folder / MODEL).write_bytes(b"no model"))
     with pytest.raises(UserError, match="ONNX Runtime cannot load it: "):
@@ -291,74 +326,33 @@ def test_checks_name_nan_and_a_tokenizer_of_another_kind(honest: Case) -> None:
     use_extra("onnx")
 
 
-# --- in the workflow ---
-
-RECIPES = {"small_int4": {"format": "onnx", "type": "int4"}, "q4_k_m": None}
-ONE_VARIANT = {"export_onnx": 1, "evaluate_onnx": 1, "measure_speed_onnx": 1, **AFTER_EVALUATION}
+# --- killed ---
 
 
-@pytest.fixture(scope="module")
-def onnx_run(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the finished run with an ONNX file on its ladder."""
-    folder = tmp_path_factory.mktemp("onnx") / "run"
-    shutil.copytree(finished_run, folder, ignore=shutil.ignore_patterns("downloads"))
-    link_packages(folder)
-    edit_run("quantize", **RECIPES)(folder)
-    result = run_snakemake(folder, *SMALL)
-    assert result.returncode == 0, result.stdout[-3000:]
-    return folder
+def test_killed_export_leaves_nothing_and_ends_in_the_same_bytes(
+    honest: Case, tmp_path: Path
+) -> None:
+    output = tmp_path / "onnx_float.onnx"
+    settings = json.dumps({**SETTINGS, "recipe": {"type": "fp32"}})
+    options = ("--settings", settings, "--model", honest.model, "--threads", "1")
+    kill_in_mid_work("export_onnx.py", output, *options)
+    assert not output.with_name("onnx_float.onnx.sha256").exists()
+    result = run_program("export_onnx.py", *options, "--output", output)
+    assert result.returncode == 0, result.stdout
+    assert sorted(p.name for p in tmp_path.iterdir()) == [output.name, f"{output.name}.sha256"]
+    assert list_checksums(output) == list_checksums(honest.export)
 
 
-def link_packages(folder: Path) -> None:
-    (folder / ".packages").mkdir(exist_ok=True)
-    if extra_folder("onnx").exists():
-        (folder / ".packages/onnx").symlink_to(extra_folder("onnx"))
+# --- full disk ---
 
 
-def test_onnx_file_stands_on_the_ladder(onnx_run: Path) -> None:
-    results = onnx_run / "results/small"
-    stages = program.read_json(results / "metrics.json")["stages"]
-    assert list(stages)[-2:] == ["onnx_float", "small_int4"]
-    rung, small = stages["onnx_float"], stages["small_int4"]
-    assert rung["against_before"]["stage"] == "merged" and rung["against_before"]["flips"] == 0
-    assert rung["kl_vocabulary"]["mean"] < 1e-4 < small["kl_vocabulary"]["mean"]
-    assert small["against_before"]["stage"] == "onnx_float" and small["accuracy"] > 0.9
-    assert small["format"] == "onnx" and small["greedy"]["right"] > 0
-    assert stages["q8_0"]["against_before"]["stage"] == "f16"
-    page = (results / "report.html").read_text(encoding="utf-8")
-    assert "<td>small_int4.onnx</td>" in page and "Is the ONNX export the merged model?" in page
-    assert "<td>q8_0.gguf</td>" in page
-    card = (results / "card.md").read_text(encoding="utf-8")
-    assert "small_int4.onnx needs ONNX Runtime 1." in card
-    assert program.read_json(results / "best.json")["chosen"] == "q8_0"
-    assert program.read_json(results / "best.json")["files"]["small_int4"]["format"] == "onnx"
-
-
-REBUILDS: dict[str, tuple[Callable[[Path], object], dict[str, int]]] = {
-    "nothing": (lambda folder: None, {}),
-    "the recipe's format spelled out for gguf": (
-        edit_run("quantize", q8_0={"type": "Q8_0", "format": "gguf"}), {}),
-    "block of the one variant": (
-        edit_run("quantize", small_int4={"format": "onnx", "type": "int4", "block": 64}), ONE_VARIANT),
-    "another variant": (edit_run("quantize", other={"format": "onnx", "type": "int8"}), ONE_VARIANT),
-    "no variant of the format": (edit_run("quantize", small_int4=None), AFTER_EVALUATION),
-    "a line of runtimes/onnx.py": (
-        append("scripts/pockettune/runtimes/onnx.py", "# x\n"),
-        {"export_onnx_float": 1, "check_parity_onnx": 1, "evaluate_onnx_float": 1, **ONE_VARIANT}),
-    "a line of quantize_model.py": (
-        append("scripts/quantize_model.py", "# x\n"),
-        {"quantize": 1, "measure_speed": 1, "evaluate_variant": 1, **AFTER_EVALUATION}),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("change", REBUILDS)
-def test_change_reruns_what_depends_on_it(change: str, onnx_run: Path) -> None:
-    edit, expected = REBUILDS[change]
-    names = ["runs/small.yaml", "scripts/pockettune/runtimes/onnx.py", "scripts/quantize_model.py"]
-    before = {name: (onnx_run / name).read_bytes() for name in names}
-    try:
-        edit(onnx_run)
-        assert planned(onnx_run) == expected
-    finally:
-        for name, content in before.items():
-            (onnx_run / name).write_bytes(content)
+@pytest.mark.parametrize("run", [run_program, run_unchecked], ids=["refused", "full in mid-work"])
+def test_full_disk_is_one_line(run: Run, honest: Case, small: Path) -> None:
+    output = small / "int4.onnx"
+    settings = json.dumps({**SETTINGS, "recipe": INT4})
+    options = ("--settings", settings, "--model", honest.model, "--threads", "1")
+    result = run("export_onnx.py", *options, "--output", output)
+    assert result.returncode == 2, result.stdout
+    said = f"{output} needs " if run is run_program else f"disk full while writing {output}: "
+    assert the_error(result.stdout).startswith(said)
+    assert contents(small) == []

@@ -1,6 +1,8 @@
 """The bundle of a task of text: what stands in it is what the file writes, and it is asked as it was."""
 
 import re
+from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,20 +10,23 @@ import llama_cpp
 import numpy as np
 import pytest
 
+from make_bundle import MOST_WINDOWS, choose_groups
 from pockettune.common.errors import UserError
 from pockettune.data.chat import render_chat
+from pockettune.data.prompts import Example, ExampleMaker
 from pockettune.data.task_template import check_template
-from pockettune.evaluation.conformance import messages_of
+from pockettune.evaluation.conformance import messages_of, unfold
 from pockettune.gguf.files import read_gguf
 from pockettune.models.folder import load_tokenizer
 from pockettune.runtimes.greedy import as_text
 from pockettune.runtimes.llama import LlamaModel
 from pockettune.tasks import load_task
+from pockettune.tasks.answer import Answer
 from small_run import make_base
 from stand_in import serve_file
 from test_bundle import parse_modelfile, read_go_string, read_rows, read_task
 from test_conform import conform
-from text_bundles import ROWS, SYSTEM, TASKS, make_text_bundle, settings_of
+from text_bundles import LONG, ROWS, SYSTEM, TASKS, make_text_bundle, settings_of
 
 
 @pytest.fixture(scope="module", params=list(TASKS))
@@ -34,8 +39,10 @@ def test_rows_are_what_the_file_writes(text_bundle: Path) -> None:
     rows, task = read_rows(text_bundle), read_task(text_bundle)
     # Of conversations a sample is answered, `evaluate.greedy_rows` of them.
     assert len(rows) == (12 if task["type"] == "chat" else ROWS)
+    assert sum("windows" in row for row in rows) == (len(LONG) if task["type"] == "answer" else 0)
+    asked = unfold(rows)
     with LlamaModel(text_bundle / "model.gguf", threads=1) as model:
-        for row in rows[:6]:
+        for row in [*asked[:6], *asked[-3:]]:
             assert model.tokenize(row["prompt"]) == row["prompt_ids"]
             said = row["answer_ids"]
             continued = [[*row["prompt_ids"], *said[:n]] for n in range(len(said) + row["ended"])]
@@ -56,11 +63,49 @@ def test_rows_are_asked_as_the_file_renders_them(text_bundle: Path) -> None:
     task = read_task(text_bundle)
     template = read_gguf(text_bundle / "model.gguf")[0]["tokenizer.chat_template"]
     tokenizer = load_tokenizer(make_base())
-    for row in read_rows(text_bundle):
+    for row in unfold(read_rows(text_bundle)):
         assert render_chat(tokenizer, messages_of(task, row), {}, template=template) == row["prompt"]  # fmt: skip
     if task["type"] == "chat":
         roles = [message["role"] for message in row["messages"]]
         assert roles == ["system", "user", "assistant", "user"], "up to the last turn"
+
+
+@pytest.mark.parametrize("text_bundle", ["answer"], indirect=True)
+def test_row_of_windows_is_what_was_scored(text_bundle: Path) -> None:
+    settings = settings_of("answer")
+    task = Answer(settings["task"], settings["dataset"])
+    maker = ExampleMaker(load_tokenizer(make_base()), task, settings["tokenize"]["max_length"])
+    for row in read_rows(text_bundle)[-len(LONG) :]:
+        windows = row["windows"]
+        examples = list(maker.make([{"id": row["id"], **row["texts"], "answers": []}]))
+        asked = [(example.id, example.prompt) for example in examples]
+        assert asked == [(window["id"], window["prompt"]) for window in windows] and len(asked) > 1
+        likely = [sum(window["log_probabilities"]) for window in windows]
+        said = [task.parse(window["answer"]) for window in windows]
+        assert row["answer"] == task.combine(said, likely)
+
+
+def groups_of(sizes: Sequence[int], **settings: Any) -> list[int]:
+    """Return how many windows the chosen rows have, of records that have so many."""
+    examples = [
+        Example(str(place), "", [1], [2], "", False, False, False, f"test-{number}")
+        for number, size in enumerate(sizes)
+        for place in range(size)
+    ]
+    scored = {f"test-{number}": {"answer_ids": "[[1]]"} for number in range(len(sizes))}
+    told = settings_of("answer")
+    told = {key: {**told[key], **settings.get(key, {})} for key in ("task", "card", "dataset")}
+    task: Any = Answer(told["task"], told["dataset"])
+    return list(map(len, choose_groups(Namespace(settings=told), task, examples, scored)))
+
+
+def test_few_long_texts_become_rows() -> None:
+    assert groups_of([1] * 99 + [3, MOST_WINDOWS + 1, 2, 3, 3]) == [1] * (50 - 8) + [3, 2, 3]
+    assert groups_of([2]) == [2]
+    assert groups_of([1, 2], card={"template": "task"}) == [1], "their texts are not known"
+    assert groups_of([1, 2], task={"stride": None}) == [1], "a program could not make them"
+    with pytest.raises(UserError, match=r"raise tokenize\.max_length"):
+        groups_of([MOST_WINDOWS + 1])
 
 
 def test_file_says_how_its_answers_are_written(text_bundle: Path) -> None:
@@ -122,7 +167,7 @@ def test_server_is_judged(text_bundle: Path) -> None:
     task = read_task(text_bundle)
     with serve_file(text_bundle / "model.gguf") as (address, server):
         code, line = conform(text_bundle, address)
-        rows = len(read_rows(text_bundle))
+        rows = len(unfold(read_rows(text_bundle)))
         assert code == 0 and f"{rows} of {rows} rows are answered as scored" in line
         assert all(body["max_tokens"] == task["max_tokens"] for body in server.asked)
     other = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"

@@ -705,6 +705,18 @@ def test_unknown_type_of_variant(checkout: Path) -> None:
     assert "known: Q2_K, Q3_K_S" in fail(checkout, {"quantize": {"x": {"type": "Q4_K_XXL"}}})
 
 
+@pytest.mark.parametrize("how", [["--dry-run"], []], ids=["dry run", "run"])
+def test_missing_packages_of_formats(how: list[str], checkout: Path) -> None:
+    small = {"a": {"format": "onnx", "type": "int4"}, "b": {"format": "litert", "type": "dynamic_wi8_afp32"}}  # fmt: skip
+    edit_run("quantize", **small)(checkout)
+    result = run_snakemake(checkout, *how, *SMALL)
+    assert result.returncode == 2 and "Traceback" not in result.stdout
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: format onnx and litert: the packages that make and run such files are not here")  # fmt: skip
+    assert "make onnx && make litert" in line
+    assert not (checkout / "results/small/parity_onnx.json").exists()
+
+
 def test_missing_file(checkout: Path) -> None:
     line = fail(checkout, {"dataset": {"files": {"train": "a.csv", "validation": "a.csv", "test": "b.csv"}}})  # fmt: skip
     assert "no such file: dataset.files.train a.csv; dataset.files.validation a.csv; dataset.files.test b.csv" in line  # fmt: skip

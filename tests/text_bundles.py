@@ -12,16 +12,20 @@ from make_bundle import make_bundle
 from pockettune.common import program
 from pockettune.data.records import write_records
 from pockettune.evaluation.stages import evaluate
-from small_run import reviews
+from small_run import OTHER_WORDS, reviews
 from tokenize_dataset import tokenize_dataset
 
 ROWS = 24
+NO = OTHER_WORDS[
+    False
+]  # what the base says of bad reviews, so that windows with and without an answer are there
 TASKS: dict[str, dict[str, Any]] = {
-    "entities": {"prompt": "{text}\n情感：", "types": {"PLACE": "地点", "THING": "东西"}, "no_answer": "无"},
-    "answer": {"prompt": "{text}\n{question}\n情感：", "no_answer": "无", "count": "characters", "stride": 16},
+    "entities": {"prompt": "{text}\n情感：", "types": {"PLACE": "地点", "THING": "东西"}},
+    "answer": {"prompt": "{text}\n{question}\n情感：", "no_answer": NO, "count": "characters", "stride": 16},
     "chat": {"prompt": ""},
 }  # fmt: skip
 SYSTEM = "一个助手"  # of the chat
+LONG = (5, 11, 17)  # of `answer`, records that are asked about in windows
 
 
 def settings_of(kind: str) -> dict[str, Any]:
@@ -45,7 +49,10 @@ def settings_of(kind: str) -> dict[str, Any]:
 def make_records(kind: str) -> list[dict[str, Any]]:
     """Return records as the task reads them."""
     records = []
-    for number, text in enumerate(reviews(ROWS, seed=5)[0]):
+    texts = reviews(ROWS, seed=5)[0]
+    for number, text in enumerate(texts):
+        if kind == "answer" and number in LONG:
+            text = "".join(texts[number - 5 : number + 7])
         record: dict[str, Any] = {"id": f"test-{number}", "text": text}
         turns = [
             {"role": "system", "content": SYSTEM},
@@ -56,7 +63,7 @@ def make_records(kind: str) -> list[dict[str, Any]]:
         ]
         own: dict[str, Any] = {
             "entities": {"entities": [["东西", 0, 2]]},
-            "answer": {"question": text[:4], "answers": [[text[2:5], 2]]},
+            "answer": {"question": text[:2], "answers": [[text[2:5], 2]]},
             "chat": {"messages": turns},
         }
         records.append({**record, **own[kind]})

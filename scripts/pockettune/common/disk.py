@@ -11,9 +11,11 @@ from pockettune.common.errors import DiskFullError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)  # no space left; a user's quota is used up
 FULL_IN_WORDS = re.compile("No space left on device|Not enough disk space")  # also: datasets
-# What NumPy's tofile, C++ streams (llama.cpp) and torch.save say of a write that failed, whatever
-# the reason was.
-FAILED_WRITE = re.compile(r"requested and \d+ written|iostream error|inline_container")
+# What NumPy's tofile, C++ streams (llama.cpp), torch.save and native.run_apart (LLVM) say of a write that
+# failed, whatever the reason was.
+FAILED_WRITE = re.compile(
+    r"requested and \d+ written|iostream error|inline_container|process ended in mid-work"
+)
 # bytes; with less free, such a write failed for lack of room. Not 0: ext4 of Linux 6.18 refused
 # 3.2 MB as a whole while 1.8 MB were free.
 LITTLE = 100_000_000
@@ -37,6 +39,8 @@ def tell_full_disk(output: Path, partial: Path, needed: int | None = None) -> It
     """
     try:
         yield
+    except DiskFullError:  # told where it happened
+        raise
     except Exception as error:
         if not is_disk_full(error, partial):
             raise

@@ -31,16 +31,25 @@ def use_extra(name: str) -> None:
         importlib.invalidate_caches()
 
 
-def check_extras(names: Iterable[str], root: Path = ROOT) -> None:
-    """Raise UserError naming the formats whose packages are nowhere, and the commands that install them."""
-    missing = [
+def missing_extras(names: Iterable[str], root: Path = ROOT) -> list[str]:
+    """Return the formats whose packages are nowhere."""
+    return [
         name
         for name in names
         if not (extra_folder(name, root) / INSTALLED).exists()
         and importlib.util.find_spec(MODULES[name]) is None
     ]
-    if missing:
+
+
+def install_command(names: Iterable[str]) -> str:
+    """Return what installs the packages of formats."""
+    return " && ".join(f"make {name}" for name in names)
+
+
+def check_extras(names: Iterable[str], root: Path = ROOT) -> None:
+    """Raise UserError naming the formats whose packages are nowhere, and the commands that install them."""
+    if missing := missing_extras(names, root):
         raise UserError(
             f"format {' and '.join(missing)}: the packages that make and run such files are not here;"
-            f" install them: {' && '.join(f'make {name}' for name in missing)} (docs/formats.md)"
+            f" install them: {install_command(missing)} (docs/formats.md)"
         )

@@ -7,6 +7,8 @@ GGUF, ONNX, LITERT = "gguf", "onnx", "litert"
 
 # What a file's name ends in; an ONNX one is a folder.
 SUFFIX = {GGUF: ".gguf", ONNX: ".onnx", LITERT: ".tflite"}
+# Of the second file of a LiteRT variant, the first with what an app needs.
+BUNDLE = ".litertlm"
 # Bytes of a .tflite file: the offsets in it are of 32 bits. Its float rung is the largest.
 LARGEST_TFLITE = 2**31 - 1
 # Those that another exporter makes of the merged model, and another runtime computes.

@@ -1,11 +1,16 @@
-"""Takes what libraries print by themselves into the log."""
+"""Keeps libraries' native code in its place: what it prints goes into the log, what it ends is not this process."""
 
 import contextlib
 import logging
+import multiprocessing
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import resource_tracker
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -44,3 +49,34 @@ def output_in_log(name: str) -> Iterator[None]:
             os.close(own)
         os.close(writer)  # the last end, so that the reader comes to its own
         thread.join()
+
+
+def run_apart(name: str, function: Callable[..., None], *arguments: Any) -> None:
+    """Run a function of a module in a process of its own, for a library that may end it without a word.
+
+    What it prints goes into the log, as of `name`. Raises what the function raises; ChildProcessError where
+    the process ended before.
+    """
+    # Python's helper of such processes outlives them, and would keep the log's pipe open.
+    resource_tracker.ensure_running()
+    context = multiprocessing.get_context("spawn")
+    with (
+        output_in_log(name),
+        ProcessPoolExecutor(1, context, initializer=_end_with_parent) as pool,
+    ):
+        try:
+            pool.submit(function, *arguments).result()
+        except BrokenProcessPool as error:
+            raise ChildProcessError("its process ended in mid-work") from error
+
+
+def _end_with_parent() -> None:
+    """Have this process end when the one that started it does, killed or not."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

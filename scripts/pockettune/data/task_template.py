@@ -7,7 +7,6 @@ loops, `is string`, and methods of strings (jinja2 3.1; common/jinja of llama.cp
 @huggingface/jinja 0.5).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -43,9 +42,8 @@ HEAD = """\
 {%- endfor -%}
 """
 
-# Of calls in a statement: jinja2 makes two parentheses of each, Python nests 200; Gemma 3 of a GGUF file has
-# 6,249 control tokens, Llama 3 has 256.
-LONGEST_CHAIN = 32
+# Between control tokens, of which the first two are taken that none of them holds.
+MARKS = "\n\t;~^`"
 
 # How a base's template may take spaces off a message, as methods of strings in Python and in Jinja.
 STRIPS = ("", ".lstrip()", ".rstrip()", ".strip()")
@@ -66,6 +64,10 @@ class Frame:
         for token in self.control:
             text = text.replace(token, broken(token))
         return self.head + stripped(text.join(self.parts), self.strip) + self.tail
+
+    def message(self, prompt: str) -> str:
+        """Return a user's message of which the base's template makes this prompt."""
+        return prompt.removeprefix(self.head).removesuffix(self.tail)
 
 
 def asked_texts(task: Task) -> list[str]:
@@ -115,41 +117,27 @@ def find_frame(tokenizer: "PreTrainedTokenizerBase", task: Task) -> Frame:
 def write_template(frame: Frame, has_replace: bool = True) -> str:
     """Return the chat template that renders as the frame does.
 
-    `has_replace` is False for onnxruntime-genai's engine (0.18.0).
+    The control tokens stand in one string: Gemma 3 of a GGUF file has 6,249, of which a chain of calls nests too
+    deep for jinja2, and a list takes onnxruntime-genai's parser minutes, which searches what is left of the
+    template for each kind of word.
+    onnxruntime-genai's engine (0.18.0) has no `replace`: what splits and joins does the same.
     """
-    breaking = replace_all(frame.control) if has_replace else split_and_join_all(frame.control)
-    message = " + text + ".join(quote(part) for part in frame.parts)
+    breaking = ""
+    if frame.control:
+        row, column = [m for m in MARKS if not any(m in token for token in frame.control)][:2]
+        table = row.join(f"{token}{column}{broken(token)}" for token in frame.control)
+        call = "replace(pair[0], pair[1])" if has_replace else "split(pair[0]) | join(pair[1])"
+        breaking = (
+            f"{{%- for row in {quote(table)}.split({quote(row)}) -%}}\n"
+            f"{{%- set pair = row.split({quote(column)}) -%}}\n"
+            f"{{%- set found.text = found.text.{call} -%}}\n"
+            "{%- endfor -%}\n"
+        )
+    message = " + found.text + ".join(quote(part) for part in frame.parts)
     return (
         f"{HEAD}{breaking}{{%- set asked = {message} -%}}\n"
         f"{{{{- {quote(frame.head)} + asked{frame.strip} + {quote(frame.tail)} -}}}}"
     )
-
-
-def replace_all(control: Sequence[str]) -> str:
-    """Return the statements that put found.text into text, its control tokens broken."""
-    chains = []
-    for first in range(0, len(control) or 1, LONGEST_CHAIN):
-        text = "text" if first else "found.text"
-        for token in control[first : first + LONGEST_CHAIN]:
-            text += f".replace({quote(token)}, {quote(broken(token))})"
-        chains.append(f"{{%- set text = {text} -%}}\n")
-    return "".join(chains)
-
-
-def split_and_join_all(control: Sequence[str]) -> str:
-    """Return the same for an engine without `replace`.
-
-    In one string: of anything else the engine's time to read a template is quadratic, two minutes for Gemma
-    3's 6,249 tokens. No control token holds a line break or a tab.
-    """
-    pairs = "\n".join(f"{token}\t{broken(token)}" for token in control)
-    loop = (
-        f'{{%- for pair in {quote(pairs)}.split("\\n") -%}}\n'
-        '{%- set both = pair.split("\\t") -%}\n'
-        "{%- set found.text = found.text.split(both[0]) | join(both[1]) -%}\n"
-        "{%- endfor -%}\n"
-    )
-    return f"{loop if control else ''}{{%- set text = found.text -%}}\n"
 
 
 def broken(token: str) -> str:

@@ -5,7 +5,7 @@ asking again in other ways: with the likeliest token, with the trained messages 
 prompt as raw text. The first way that mends all of them, and the tokens that the server counted, tell.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ from pockettune.data.prompts import take_evenly
 
 Row = Mapping[str, Any]  # a line of conformance.jsonl
 
-ROWS = 50  # in a bundle
+ROWS = 50  # in a bundle, of texts that are too long their windows
 # Two labels nearer than this, in nats, may change places in another build of llama.cpp, whose kernels sum
 # in another order: 0.64 was the most by which the difference of two labels moved, of Q4_K_M in a browser
 # (benchmarks/app.md). task.json tells it to the app and to other programs.
@@ -69,6 +69,11 @@ class Verdict:
     largest_difference: float | None  # of a label's log probability, where the server tells them
     text: bool = False  # whether answers are text, and no labels
     first_parting: int | None = None  # of the first wrong row, the token at which its text parts
+
+
+def unfold(rows: Iterable[Row]) -> list[Row]:
+    """Return what is asked one by one: in the place of a row with windows, its windows."""
+    return [asked for row in rows for asked in row.get("windows", [row])]
 
 
 def messages_of(task: Mapping[str, Any], row: Row, spelled: bool = False) -> list[dict[str, str]]:

@@ -5,14 +5,17 @@ answer, how to choose a token. litert-lm-builder 0.18.1 writes it, litert-lm-api
 """
 
 import tempfile
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from pockettune.common import program
+from pockettune.common.checksums import sha256
 from pockettune.common.errors import UserError
 from pockettune.common.extras import use_extra
 from pockettune.common.native import output_in_log
@@ -85,27 +88,34 @@ def make_serving(settings: Mapping[str, Any], model: Path, ends: Sequence[int]) 
 
 
 def write_bundle(tflite: Path, tokenizer: Path, serving: Serving, output: Path) -> None:
-    """Write `tflite` and tokenizer.json as a .litertlm bundle."""
+    """Write `tflite` and tokenizer.json as a .litertlm bundle; the same ones give the same bytes."""
     use_extra("litert")
-    from litert_lm_builder.litertlm_builder import (
-        DType,
-        LitertLmFileBuilder,
-        Metadata,
-        TfLiteModelType,
-    )
+    from litert_lm_builder import litertlm_builder as made_by
+
+    def text(key: str, value: str) -> Any:
+        return made_by.Metadata(key=key, value=value, dtype=made_by.DType.STRING)
 
     needed = tflite.stat().st_size + tokenizer.stat().st_size
     with program.staged(output, needed) as partial, tempfile.TemporaryDirectory() as work:
         metadata = Path(work, "metadata.pb")
         metadata.write_bytes(describe(serving).SerializeToString())
-        builder = LitertLmFileBuilder()
-        builder.add_system_metadata(Metadata(key="Authors", value="PocketTune", dtype=DType.STRING))
+        content = " ".join(map(sha256, (tflite, tokenizer, metadata)))
+        name = text("uuid", str(uuid.uuid5(uuid.NAMESPACE_OID, content)))
+        builder = made_by.LitertLmFileBuilder()
+        builder.add_system_metadata(text("Authors", "PocketTune"))
         builder.add_llm_metadata(str(metadata))
         builder.add_hf_tokenizer(str(tokenizer))
-        # Else LiteRT-LM computes in FP16 where the processor can, which was not scored.
-        with output_in_log("litert-lm-builder"), partial.open("wb") as file:
+        # Its own way is a name drawn by lot and the time of day, which differ in every bundle.
+        with (
+            mock.patch.object(made_by, "populate_system_metadata", lambda given: [*given, name]),
+            output_in_log("litert-lm-builder"),
+            partial.open("wb") as file,
+        ):
+            # Else LiteRT-LM computes in FP16 where the processor can, which was not scored.
             builder.add_tflite_model(
-                str(tflite), TfLiteModelType.PREFILL_DECODE, prefer_activation_type="fp32"
+                str(tflite),
+                made_by.TfLiteModelType.PREFILL_DECODE,
+                prefer_activation_type="fp32",
             )
             builder.build(file)
 

@@ -7,9 +7,10 @@ import types
 from pathlib import Path
 
 from pockettune.common import program
+from pockettune.common.disk import is_disk_full, tell_full_disk
 from pockettune.common.errors import UserError
 from pockettune.common.extras import use_extra
-from pockettune.common.native import output_in_log
+from pockettune.common.native import run_apart
 
 # Tokens that a prompt is computed in at a time. One length: each would be a graph of its own, and a
 # quantized table is stored once for each graph that looks tokens up in it otherwise than the head reads it.
@@ -35,25 +36,40 @@ def import_exporter() -> types.ModuleType:
     return export
 
 
-def export_float(model: Path, capacity: int, output: Path) -> None:
-    """Write a model folder as a float .tflite file for conversations of `capacity` tokens."""
+def export_float(model: Path, capacity: int, threads: int, needed: int, output: Path) -> None:
+    """Write a model folder as a float .tflite file for conversations of `capacity` tokens.
+
+    `needed` bytes of disk it takes at least. In a process of its own, which LLVM ends where it can go no
+    further, at a full disk among others; UserError or DiskFullError then.
+    """
     # Nothing is fetched: the folder has all.
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     output.parent.mkdir(parents=True, exist_ok=True)
     # The folder's name is one that the next `staged` clears, should this process be killed.
     with (
-        program.staged(output) as partial,
+        program.staged(output, needed) as partial,
         tempfile.TemporaryDirectory(
             dir=output.parent, prefix=f".{output.name}.", suffix=".partial"
         ) as work,
+        tell_full_disk(output, Path(work), needed),  # while what was written is there
     ):
-        with output_in_log("litert-torch"):
-            run_exporter(model, capacity, Path(work))
+        try:
+            run_apart("litert-torch", run_exporter, model, capacity, threads, Path(work))
+        except ChildProcessError as error:
+            if is_disk_full(error, Path(work)):
+                raise
+            raise UserError(
+                f"model {model}: litert-torch ended in mid-work; its last words are in the log, and where it has"
+                " none, memory was short: see make doctor"
+            ) from error
         Path(work, "model.tflite").replace(partial)
 
 
-def run_exporter(model: Path, capacity: int, work: Path) -> None:
+def run_exporter(model: Path, capacity: int, threads: int, work: Path) -> None:
     """Have litert-torch write model.tflite into the folder `work`."""
+    import torch
+
+    torch.set_num_threads(threads)
     try:
         import_exporter().export(
             str(model),

@@ -7,6 +7,8 @@ from typing import Any
 from pockettune.common.extras import use_extra
 from pockettune.common.native import output_in_log
 
+# Of a weight, at least.
+BITS = {"dynamic_wi8_afp32": 8, "dynamic_wi4b32_afp32": 4}
 # The output of the head in the exporter's decode signature.
 HEAD = "logits"
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from pockettune.common.disk import used_bytes
 from pockettune.common.formats import (
+    BUNDLE,
     FOREIGN,
     GGUF,
     LITERT,
@@ -101,9 +102,8 @@ def disk_items(run: Run, shape: Shape | None, rows: Rows | None) -> dict[str, It
 def file_names(quantize: Any) -> list[str]:
     """Return the names of the recipes' files, and of the float rungs of their formats."""
     rungs = [file_name(float_rung(kind), kind) for kind in FOREIGN if variants_of(quantize, kind)]
-    return rungs + [
-        file_name(name, recipe.get("format", GGUF)) for name, recipe in quantize.items()
-    ]
+    files = [file_name(name, recipe.get("format", GGUF)) for name, recipe in quantize.items()]
+    return rungs + files + [variant + BUNDLE for variant in variants_of(quantize, LITERT)]
 
 
 def _disk_sizes(settings: Any, shape: Shape | None, rows: Rows | None) -> Iterator[tuple[str, int]]:
@@ -141,6 +141,7 @@ def _disk_sizes(settings: Any, shape: Shape | None, rows: Rows | None) -> Iterat
     for variant, recipe in settings["quantize"].items():
         if (size := file_bytes(shape, recipe)) is not None:
             yield file_name(variant, recipe.get("format", GGUF)), size + vocabulary
+            yield variant + BUNDLE, size + vocabulary
 
 
 def trainable(train: Any, shape: Shape) -> int:

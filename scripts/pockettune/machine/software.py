@@ -10,8 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-from pockettune.common.errors import UserError
-from pockettune.common.extras import check_extras
+from pockettune.common.extras import install_command, missing_extras
 from pockettune.common.formats import FOREIGN, variants_of
 from pockettune.machine.findings import Finding, judge
 from pockettune.machine.run import Run
@@ -92,11 +91,9 @@ def check_extra_packages(run: Run) -> list[Finding]:
     kinds = [kind for kind in FOREIGN if variants_of(run.settings["quantize"], kind)]
     if run.uses_conda or not kinds:
         return [Finding("formats", "ok", "no packages needed beside those")]
-    try:
-        check_extras(kinds, run.root)
-    except UserError as error:
-        commands = " && ".join(f"make {kind}" for kind in kinds)
-        return [Finding("formats", "problem", str(error).partition(";")[0], commands)]
+    if missing := missing_extras(kinds, run.root):
+        told = f"format {' and '.join(missing)}: the packages that make and run such files are not here"
+        return [Finding("formats", "problem", told, install_command(missing))]
     return [Finding("formats", "ok", f"packages of {', '.join(kinds)} are here")]
 
 

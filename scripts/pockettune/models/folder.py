@@ -1,6 +1,7 @@
 """Checks a model folder before hours are spent on it, and loads it."""
 
 import json
+import math
 import shutil
 import struct
 from collections.abc import Mapping
@@ -83,6 +84,11 @@ def tensor_shapes(folder: Path) -> dict[str, list[int]]:
     """Return the shape of every tensor that a model folder stores, by name."""
     headers = [read_header(path) for path in weight_files(folder)]
     return {name: entry["shape"] for header in headers for name, entry in header.items()}
+
+
+def count_parameters(folder: Path) -> int:
+    """Return how many weights a model folder stores."""
+    return sum(map(math.prod, tensor_shapes(folder).values()))
 
 
 def embedding_shape(shapes: Mapping[str, list[int]]) -> list[int] | None:

@@ -3,7 +3,6 @@
 A weight that is stored in 16 bits is the same number in fp32, so that both ways compute the same.
 """
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 
 from pockettune.common import program
 from pockettune.common.limits import free_memory
-from pockettune.models.folder import load_model, tensor_shapes
+from pockettune.models.folder import count_parameters, load_model
 from pockettune.runtimes.packing import ATTENTION
 
 SIXTEEN_BITS = (torch.float16, torch.bfloat16)
@@ -24,7 +23,7 @@ def load_exact(folder: Path, attention: str = ATTENTION, device: str = "cpu") ->
     Where fp32 weights do not fit into the free memory, they stay in the 16 bits they are stored in, half
     the bytes; widening a layer at each pass then takes time.
     """
-    needed = 4 * sum(map(math.prod, tensor_shapes(folder).values()))
+    needed = 4 * count_parameters(folder)
     free = torch.cuda.mem_get_info()[0] if device == "cuda" else free_memory()
     if needed + BESIDE <= free:
         return load_model(folder, attention=attention, dtype=torch.float32).to(device).eval()

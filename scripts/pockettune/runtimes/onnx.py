@@ -39,16 +39,12 @@ class OnnxModel:
     """
 
     def __init__(self, folder: Path, threads: int) -> None:
-        use_extra("onnx")
-        import onnxruntime
-
-        check_runtime(folder, onnxruntime.__version__)
-        self.folder, self.runtime = folder, onnxruntime
-        options = onnxruntime.SessionOptions()
+        self.folder, self.runtime = folder, require_runtime(folder)
+        options = self.runtime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         options.log_severity_level = ERRORS_ONLY
         try:
-            self.session = onnxruntime.InferenceSession(
+            self.session = self.runtime.InferenceSession(
                 str(folder / MODEL), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # of several kinds, all of them ONNX Runtime's own
@@ -151,6 +147,15 @@ def stop_tokens(folder: Path) -> set[int]:
     """Return the tokens at which onnxruntime-genai ends an answer."""
     told = read_json(folder / CONFIG)["model"]["eos_token_id"]
     return set(told) if isinstance(told, list) else {told}
+
+
+def require_runtime(folder: Path) -> Any:
+    """Return the package onnxruntime; UserError where it is older than the folder needs."""
+    use_extra("onnx")
+    import onnxruntime
+
+    check_runtime(folder, onnxruntime.__version__)
+    return onnxruntime
 
 
 def check_runtime(folder: Path, version: str) -> None:

@@ -4,7 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pockettune.common.errors import list_faults
-from pockettune.tasks.entity_answers import FORMAT, place_names
+from pockettune.tasks.entity_answers import (
+    place_names,
+    read_answer,
+    salvage_answer,
+    write_answer,
+    write_grammar,
+)
 from pockettune.tasks.entity_rows import read_entities
 from pockettune.tasks.entity_scores import count_right, score_entities
 from pockettune.tasks.shared import (
@@ -14,7 +20,6 @@ from pockettune.tasks.shared import (
     fill,
     is_missing,
     move_places,
-    quote_gbnf,
     ratio,
 )
 
@@ -23,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Entities:
-    """The model answers with a line an entity, `type: name`, in the order of the text."""
+    """The model answers with a JSON list of [type, name], in the order of the text."""
 
     text_field = "text"
     metric = "micro_f1"
@@ -34,7 +39,6 @@ class Entities:
         self.template = settings["prompt"]
         self.template_options: Mapping[str, Any] = settings["template_options"]
         self.types: dict[str, str] = dict(settings["types"])
-        self.nothing: str = settings["no_answer"]
         self.max_answer_tokens: int = settings["max_answer_tokens"]
         self.text_column = columns["text_column"]
         self.label_column = columns["label_column"]
@@ -87,10 +91,7 @@ class Entities:
 
     def answer(self, record: Mapping[str, Any]) -> str:
         """Return the entities of a record; of a text that was cut, those that it still holds."""
-        return self._write([(kind, name) for kind, name, *_ in self.reference(record)])
-
-    def _write(self, entities: Sequence[tuple[str, str]]) -> str:
-        return FORMAT.write(entities) if entities else self.nothing
+        return write_answer([(kind, name) for kind, name, *_ in self.reference(record)])
 
     def constrain(self) -> list[str]:
         return []
@@ -110,16 +111,13 @@ class Entities:
         -1 and -1 for a name that does not stand there, or not as often as it was answered, and without
         a record. None where the answer is not of the format, or names a type that there is not.
         """
-        if text.strip() == self.nothing:
-            return []
-        entities = FORMAT.read(text.strip())
+        entities = read_answer(text)
         if entities is None or any(kind not in self.types.values() for kind, _ in entities):
             return None
         return [list(entity) for entity in place_names(entities, record["text"] if record else "")]
 
     def salvage(self, text: str) -> str:
-        """Return the lines before the last, which may stop within a name."""
-        return text.rpartition("\n")[0]
+        return salvage_answer(text)
 
     def combine(self, predictions: Sequence[Any], log_probabilities: Sequence[float]) -> Any:
         return predictions[0]
@@ -143,6 +141,4 @@ class Entities:
         return score_entities(references, predictions, list(self.types.values()))
 
     def grammar(self) -> str:
-        return f"root ::= entities | {quote_gbnf(self.nothing)}\n" + FORMAT.grammar(
-            list(dict.fromkeys(self.types.values()))
-        )
+        return write_grammar(list(dict.fromkeys(self.types.values())))

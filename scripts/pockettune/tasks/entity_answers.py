@@ -1,12 +1,12 @@
 """How entities are written as an answer, read back from one, and found in the text.
 
-Entities come in the order of the text, so that the model writes them as it reads and that a name which
-stands in the text several times is meant left to right.
+An answer is a JSON list of pairs, `[["type","name"],...]`, in the order of the text, so that the model
+writes them as it reads and that a name which stands in the text several times is meant left to right.
+Two bases learned it better than a line an entity, `type: name`: benchmarks/tasks.md.
 """
 
 import json
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 from pockettune.tasks.shared import quote_gbnf
 
@@ -14,57 +14,46 @@ Named = tuple[str, str]  # an entity's type, as answered, and its name
 LONGEST_NAME, MOST_ENTITIES = 64, 64  # which a grammar allows: a model that repeats itself must end
 
 
-class AnswerFormat(NamedTuple):
-    """A way to write entities; `read` returns None for what is not written in it."""
-
-    write: Callable[[Sequence[Named]], str]
-    read: Callable[[str], list[Named] | None]
-    grammar: Callable[[Sequence[str]], str]  # of the rule `entities`, at least one of given types
+def write_answer(entities: Sequence[Named]) -> str:
+    return _as_json([list(entity) for entity in entities])
 
 
-def _write_lines(entities: Sequence[Named]) -> str:
-    return "\n".join(f"{kind}: {name}" for kind, name in entities)
-
-
-def _read_lines(text: str) -> list[Named] | None:
-    parts = [line.partition(": ") for line in text.split("\n")]
-    return [(kind, name.strip()) for kind, _, name in parts] if all(p[2] for p in parts) else None
-
-
-def _line_grammar(types: Sequence[str]) -> str:
-    return (
-        f'entities ::= entity ("\\n" entity){{0,{MOST_ENTITIES - 1}}}\n'
-        'entity ::= type ": " name\n'
-        f"name ::= [^ \\t\\r\\n] [^\\r\\n]{{0,{LONGEST_NAME - 1}}}\n"
-        f"type ::= {' | '.join(map(quote_gbnf, types))}\n"
-    )
-
-
-def _write_json(entities: Sequence[Named]) -> str:
-    return json.dumps(entities, ensure_ascii=False, separators=(",", ":"))
-
-
-def _read_json(text: str) -> list[Named] | None:
+def read_answer(answer: str) -> list[Named] | None:
+    """Return the entities of an answer; None for what is no list of pairs of texts."""
     try:
-        return [(str(kind), str(name)) for kind, name in json.loads(text)]
-    except (ValueError, TypeError):
+        found = json.loads(answer)
+        _as_json(found).encode()  # half a character, such as \ud83d, can be written nowhere
+    except (ValueError, RecursionError):  # the latter for a model that writes brackets to its limit
         return None
+    if not isinstance(found, list) or not all(map(_is_pair, found)):
+        return None
+    return [(kind, name) for kind, name in found]
 
 
-def _json_grammar(types: Sequence[str]) -> str:
-    words = " | ".join(quote_gbnf(_write_json([kind])[1:-1]) for kind in types)  # type: ignore[list-item]
+def salvage_answer(answer: str) -> str:
+    """Return an answer that was cut at its limit without the entity that it was cut in."""
+    end = answer.rfind("]")
+    while end >= 0 and read_answer(whole := answer[:end] + "]]") is None:
+        end = answer.rfind("]", 0, end)  # that one stood in a name
+    return whole if end >= 0 else ""
+
+
+def write_grammar(types: Sequence[str]) -> str:
+    """Return GBNF of an answer with entities of given types, or none."""
     return (
-        f'entities ::= "[" entity ("," entity){{0,{MOST_ENTITIES - 1}}} "]"\n'
-        'entity ::= "[" type "," "\\"" character'
-        f'{{1,{LONGEST_NAME}}} "\\"" "]"\n'
-        'character ::= [^"\\\\\\x00-\\x1f] | "\\\\" ["\\\\]\n'
-        f"type ::= {words}\n"
+        f'root ::= "[" (entity ("," entity){{0,{MOST_ENTITIES - 1}}})? "]"\n'
+        f'entity ::= "[" type "," "\\"" character{{1,{LONGEST_NAME}}} "\\"" "]"\n'
+        'character ::= [^"\\\\\\x00-\\x1f] | "\\\\" ["\\\\bfnrt]\n'
+        f"type ::= {' | '.join(quote_gbnf(_as_json(kind)) for kind in types)}\n"
     )
 
 
-LINES = AnswerFormat(_write_lines, _read_lines, _line_grammar)
-JSON = AnswerFormat(_write_json, _read_json, _json_grammar)
-FORMAT = LINES  # until the two are measured; then the other goes
+def _as_json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(v, str) for v in value)
 
 
 def place_names(entities: Sequence[Named], text: str) -> list[tuple[str, str, int, int]]:
@@ -90,7 +79,7 @@ def place_names(entities: Sequence[Named], text: str) -> list[tuple[str, str, in
 def _free_place(
     name: str, text: str, behind: int, placed: Sequence[tuple[str, str, int, int]]
 ) -> int:
-    start = text.find(name, behind)
+    start = text.find(name, behind) if name else -1
     while start >= 0 and any(
         start < end and first < start + len(name) for *_, first, end in placed
     ):

@@ -135,12 +135,12 @@ def trim(text: str, span: Span) -> Span:
 
 
 def _find_clashes(text: str, spans: Sequence[Span]) -> Iterator[str]:
-    """Yield what no answer can say: entities that overlap, and names that are no line."""
+    """Yield what no answer can say: entities that overlap, and empty names."""
     for before, span in pairwise(spans):
         if span.start < before.end:
             pair = " and ".join(f"{s.type} {text[s.start : s.end]!r}" for s in (before, span))
             yield f"{pair} overlap; keep one of them"
     for span in spans:
         name = text[span.start : span.end]
-        if not name.strip() or set(name) & {"\n", "\r"}:
-            yield f"{span.type} {name!r} is empty or holds a line break"
+        if not name.strip():
+            yield f"{span.type} {name!r} is empty"

@@ -48,7 +48,7 @@ COMMON_KEYS = ("type", "system", "prompt", "labels", "template_options")
 MUST = object()
 TASK_KEYS: dict[str, dict[str, Any]] = {
     "classification": {},
-    "entities": {"types": MUST, "no_answer": MUST, "max_answer_tokens": 64},
+    "entities": {"types": MUST, "max_answer_tokens": 64},
     "answer": {"no_answer": None, "count": "characters", "stride": 128, "max_answer_tokens": 64},
     "chat": {"max_answer_tokens": 256},
 }
@@ -345,8 +345,6 @@ def _unusable_task(task: Config, dataset: Config) -> Iterator[str]:
             yield f"task.{key} answers the same word for two values: {', '.join(words)}"
         if spaced := [repr(word) for word in words if word != word.strip()]:
             yield f"task.{key}: {', '.join(spaced)} begins or ends with a space; take it away"
-    if broken := [word for word in task.get("types", {}).values() if ":" in word or "\n" in word]:
-        yield f"task.types: {list_faults([*map(repr, broken)])} holds a colon or a line break; take it out"
 
 
 def _fill_task(config: Config) -> None:
