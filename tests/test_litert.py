@@ -411,7 +411,7 @@ def test_full_disk_is_one_line(
         "quantize_litert.py": quantize_options(honest, TYPES[0], output),
     }
     for name, options in calls.items():
-        result = run(name, *options, "--output", output)
+        result = run(name, *options, "--output", output, "--log", small.with_name("log"))
         assert result.returncode == 2, result.stdout
         said = f"{output} needs " if run is run_program else f"disk full while writing {output}: "
         assert the_error(result.stdout).startswith(said), name

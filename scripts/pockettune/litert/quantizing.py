@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pockettune.common.extras import use_extra
-from pockettune.common.native import output_in_log
+from pockettune.common.native import run_apart
 
 # Of a weight, at least.
 BITS = {"dynamic_wi8_afp32": 8, "dynamic_wi4b32_afp32": 4}
@@ -14,14 +14,21 @@ HEAD = "logits"
 
 
 def quantize(source: Path, kind: str, output: Path) -> None:
-    """Write `source` quantized by a recipe of `make_recipe`."""
+    """Write `source` quantized by a recipe of `make_recipe`.
+
+    In a process of its own: it writes into a map of the file, where a full disk ends the process (SIGBUS).
+    """
+    use_extra("litert")
+    run_apart("ai-edge-quantizer", _quantize, source, kind, output)
+
+
+def _quantize(source: Path, kind: str, output: Path) -> None:
     use_extra("litert")
     from ai_edge_quantizer.quantizer import Quantizer
 
-    with output_in_log("ai-edge-quantizer"):
-        quantizer = Quantizer(str(source))
-        quantizer.load_quantization_recipe(make_recipe(kind))
-        quantizer.quantize().export_model(str(output), overwrite=True)
+    quantizer = Quantizer(str(source))
+    quantizer.load_quantization_recipe(make_recipe(kind))
+    quantizer.quantize().export_model(str(output), overwrite=True)
 
 
 def make_recipe(kind: str) -> Sequence[Any]:
