@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pockettune.common.disk import is_disk_full
+from pockettune.common.errors import UserError
 from pockettune.common.extras import use_extra
 from pockettune.common.native import run_apart
 
@@ -19,7 +21,15 @@ def quantize(source: Path, kind: str, output: Path) -> None:
     In a process of its own: it writes into a map of the file, where a full disk ends the process (SIGBUS).
     """
     use_extra("litert")
-    run_apart("ai-edge-quantizer", _quantize, source, kind, output)
+    try:
+        run_apart("ai-edge-quantizer", _quantize, source, kind, output)
+    except ChildProcessError as error:
+        if is_disk_full(error, output):
+            raise
+        raise UserError(
+            f"{source}: ai-edge-quantizer ended in mid-work; where the log has no last words of it, memory was"
+            " short: see make doctor"
+        ) from error
 
 
 def _quantize(source: Path, kind: str, output: Path) -> None:
