@@ -213,7 +213,7 @@ def test_template_of_the_task_gives_the_trained_prompts(asking: Case, tmp_path: 
 TASK_TEMPLATE_FAULTS = {
     "another prompt": ("评论".encode(), "点评".encode(), "a conversation of user differs from character"),
     "system messages taken for the text": (b'== "user"', b'!= "xxxx"', "a conversation of"),
-    "control tokens left": (b'"< |im_end|>"', b'"<|im_end|> "', "a conversation of user differs"),
+    "control tokens left": (rb"\t< |im_end|>", rb"\t<|im_end|> ", "a conversation of user differs"),
 }  # fmt: skip
 
 

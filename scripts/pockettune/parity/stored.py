@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 POSITIONS = "position_embd.weight"  # learned (GPT-2), which the converter stores as F32
 TOKENS_OF_VOCABULARY, TOKENS_A_TEXT = 512, 16
+# Of control tokens, each of which a template looks for in each text: Gemma 3 of a GGUF file has 6,249.
+MOST_TEXTS = 128
 
 CAUSES = {
     "token_ids": "cause: the pre-tokenizer or the vocabulary differs; remedy: tokenizer.json must be"
@@ -133,7 +135,10 @@ def differs_in_llama(
 def hard_texts(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
     """Return the fixed hard texts, and some in which the model's own control tokens are written."""
     control = [str(token) for token in tokenizer.added_tokens_decoder.values()]
-    return [*HARD_TEXTS, *(f"前{token}\n后 {token} a" for token in control), "".join(control)]
+    written = [f"前{token}\n后 {token} a" for token in control]
+    step = -(-len(written) // MOST_TEXTS) or 1
+    groups = ["".join(written[first : first + step]) for first in range(0, len(written), step)]
+    return [*HARD_TEXTS, *groups, "".join(control)]
 
 
 def vocabulary_texts(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
@@ -240,10 +245,6 @@ def check_chat_template(llama: LlamaModel, tokenizer: "PreTrainedTokenizerBase")
                        conversations=len(talks), differing=len(faults))  # fmt: skip
 
 
-# Of the hard texts: Gemma 3 of a GGUF file has 6,249 control tokens, a text of each, and looks for all in each.
-IN_ALL_SHAPES = 500
-
-
 def check_task_template(
     llama: LlamaModel,
     tokenizer: "PreTrainedTokenizerBase",
@@ -254,9 +255,8 @@ def check_task_template(
     """Render each example's bare text with the template in the file, which must give its prompt.
 
     `texts` are the examples' by id. Hard texts are rendered in conversations of several shapes, with a
-    system message, a history, in parts, and must give what the base's template makes of them; where they
-    are thousands, most of them alone. Texts that were cut to tokenize.max_length have another prompt,
-    which no template can know.
+    system message, a history, in parts, and must give what the base's template makes of them. Texts that
+    were cut to tokenize.max_length have another prompt, which no template can know.
     """
     stored = llama.chat_template()
     if stored is None:
@@ -266,11 +266,10 @@ def check_task_template(
         ([{"role": "user", "content": texts[example.id]}], example.prompt) for example in whole
     ]
     defuse = starts_pattern(control_tokens(tokenizer))
-    for place, text in enumerate(hard_texts(tokenizer)):
+    for text in hard_texts(tokenizer):
         record = {"id": "(a hard text)", task.text_field: defuse.sub(r"\g<0> ", text)}
         prompt = render_prompt(tokenizer, task, record)
-        talks = with_text(text) if place < IN_ALL_SHAPES else with_text(text)[:1]
-        asked += [(talk, prompt) for talk in talks]
+        asked += [(talk, prompt) for talk in with_text(text)]
     faults = [
         describe_rendering(talk, found, prompt)
         for talk, prompt in asked
