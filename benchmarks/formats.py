@@ -1,16 +1,18 @@
 """The files of all formats of a run in one table, and the exporters at Qwen2.5-0.5B's true shape.
 
-    python -m snakemake --cores 2 --configfile runs/demo.yaml benchmarks/formats/files.yaml
-    python benchmarks/formats.py results/demo                      # more runs: more tables
-    python benchmarks/formats.py --shape onnx_float onnx_int4      # each exported once, of random weights
+    python benchmarks/formats.py runs      # makes the runs below, each with benchmarks/formats/files.yaml
+    python benchmarks/formats.py shape     # exports Qwen2.5-0.5B's shape once each, random weights
+    python benchmarks/formats.py page      # writes benchmarks/formats.md of what is there
 
-Both need the formats' packages: make onnx, make litert. Prints the tables; `--page` writes them to
-benchmarks/formats.md.
+Needs the formats' packages (make onnx, make litert), the demo's files (make demo), and what
+benchmarks/tasks.py says of benchmarks/scratch/.
 """
 
 import argparse
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,10 @@ import yaml
 from common import (
     ROOT,
     WORK,
+    data_steps,
     default_settings,
     machine,
+    make_data,
     make_model,
     measure,
     program,
@@ -29,10 +33,21 @@ from common import (
     write_page,
 )
 from pockettune.common.disk import used_bytes
-from pockettune.common.formats import FOREIGN, GGUF, ONNX, file_name, float_rung
+from pockettune.common.formats import FOREIGN, GGUF, LITERT, file_name, float_rung
 from pockettune.evaluation.verdict import say
 
 RECIPES = ROOT / "benchmarks/formats/files.yaml"
+FILES = WORK / "formats"  # exports of Qwen2.5-0.5B's shape
+SHAPE = FILES / "shape.json"
+RUNS = {
+    "demo": ("SmolLM2 135M, the demo's 500 rows", "runs/demo.yaml"),
+    "demo-small": (
+        "SmolLM2 135M with 24 of 30 layers and the tokens of its task, the same rows",
+        "runs/demo.yaml", "benchmarks/formats/small.yaml",
+    ),
+    "demo-gemma": ("Gemma 3 270M, the same rows", "runs/demo.yaml", "benchmarks/formats/gemma.yaml"),
+    "chnsenticorp": ("A base of 12.6 M parameters, 1,200 rows of ChnSentiCorp", "benchmarks/chnsenticorp.yaml"),
+}  # fmt: skip
 FROM = "merged"  # the first stage of a table
 
 
@@ -81,59 +96,88 @@ def made_in(results: Path, name: str) -> str:
     return "–"
 
 
-def recipes() -> dict[str, dict[str, Any]]:
-    """Return what one program exports of a model folder: float rungs, and ONNX's recipes."""
+def run_all() -> None:
+    """Make every run, one after another; what is here already is not made again."""
+    for name, (_, *files) in RUNS.items():
+        command = f"-m snakemake --cores all results/{name}/metrics.json results/{name}/report.html --configfile"
+        subprocess.run([sys.executable, *command.split(), *files, RECIPES], cwd=ROOT, check=True)
+
+
+def export_steps(model: Path) -> dict[str, tuple[list[object], Path]]:
+    """Return the command of each file of a model folder, and the file, by its name."""
+    settings = {key: default_settings()[key] for key in ("task", "dataset", "tokenize", "card")}
     listed: dict[str, dict[str, Any]] = yaml.safe_load(RECIPES.read_text())["quantize"]
-    foreign = {name: r for name, r in listed.items() if r.get("format", GGUF) == ONNX}
-    return {float_rung(kind): {"format": kind, "type": "fp32"} for kind in FOREIGN} | foreign
+    floats = {float_rung(kind): {"format": kind, "type": "fp32"} for kind in FOREIGN}
+    source = FILES / file_name(float_rung(LITERT), LITERT)
+    steps = {}
+    for name, recipe in (floats | listed).items():
+        kind = recipe.get("format", GGUF)
+        if kind == GGUF:
+            continue
+        told = {**settings, "recipe": {"block": 32, "accuracy_level": 4, **recipe}}
+        output = FILES / file_name(name, kind)
+        given = [
+            "--settings",
+            json.dumps(told, ensure_ascii=False),
+            "--model",
+            model,
+            "--output",
+            output,
+        ]
+        if kind == LITERT and name in listed:
+            bundle = output.with_suffix(".litertlm")
+            steps[name] = step("quantize_litert", *given, "--source", source, "--tokens", WORK / "tokens", "--bundle", bundle), output  # fmt: skip
+        else:
+            steps[name] = step(f"export_{kind}", *given, "--threads", os.cpu_count()), output
+    return steps
 
 
-def export_shape(names: list[str], threads: int) -> list[str]:
-    """Return a table with a row for each export of random weights of Qwen2.5-0.5B's shape."""
+def export_shape() -> None:
+    """Export random weights of Qwen2.5-0.5B's shape once each, and keep what it took."""
     model = WORK / "model"
     make_model(model)
-    settings = {key: default_settings()[key] for key in ("task", "dataset", "tokenize", "card")}
+    make_data(16)
+    for command in data_steps(model, json.dumps(default_settings(), ensure_ascii=False)).values():
+        measure(command)
+    FILES.mkdir(parents=True, exist_ok=True)
+    measured = program.read_json(SHAPE) if SHAPE.is_file() else {}
+    for name, (command, output) in export_steps(model).items():
+        if name in measured:
+            continue
+        took = measure(command)
+        measured[name] = took.seconds, took.peak_bytes, used_bytes(output)
+        program.write_json(SHAPE, measured)
+        print(name, *measured[name], flush=True)
+
+
+def describe_shape() -> list[str]:
+    """Return a table with a row for each export of the shape."""
     lines = ["| export | time | peak memory | bytes |", "|---|---|---|---|"]
-    for name in names:
-        recipe = {"block": 32, "accuracy_level": 4, **recipes()[name]}
-        told = json.dumps({**settings, "recipe": recipe}, ensure_ascii=False)
-        output = WORK / "formats" / file_name(name, recipe["format"])
-        result = measure(
-            step(f"export_{recipe['format']}", "--settings", told, "--model", model,
-                 "--threads", threads, "--output", output)
-        )  # fmt: skip
-        lines.append(
-            f"| {name} | {result.seconds:.0f} s | {result.peak_bytes / 1e9:.2f} GB | {used_bytes(output):,} |"
-        )
-        print(lines[-1], flush=True)
+    for name, (seconds, peak, size) in program.read_json(SHAPE).items():
+        lines.append(f"| {name} | {seconds:.0f} s | {peak / 1e9:.2f} GB | {size:,} |")
     return lines
+
+
+def write_formats_page() -> None:
+    """Write benchmarks/formats.md: what was found, by hand, and the tables that it was found in."""
+    lines = [
+        "# GGUF, ONNX and LiteRT on the same rows", "",
+        f"Made by `python benchmarks/formats.py`, which also makes the runs, on {machine()}.", "",
+        (ROOT / "benchmarks/formats/found.md").read_text(encoding="utf-8").rstrip(),
+    ]  # fmt: skip
+    for name, (title, *_) in RUNS.items():
+        if (ROOT / f"results/{name}/metrics.json").is_file():
+            lines += ["", f"## {title}", "", *describe_ladder(ROOT / f"results/{name}")]
+    if SHAPE.is_file():
+        lines += ["", "## Exports of Qwen2.5-0.5B's shape, random weights", "", *describe_shape()]
+    write_page("formats", lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("results", type=Path, nargs="*", help="folders of finished runs")
-    parser.add_argument("--shape", nargs="+", default=[], choices=list(recipes()))
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--page", action="store_true", help="write benchmarks/formats.md")
-    arguments = parser.parse_args()
-    lines = [
-        "# GGUF, ONNX and LiteRT on the same rows",
-        "",
-        f"Made by `python benchmarks/formats.py` on {machine()}.",
-    ]
-    for results in arguments.results:
-        lines += ["", f"## {results.name}", "", *describe_ladder(results)]
-    if arguments.shape:
-        lines += [
-            "",
-            "## Exporting Qwen2.5-0.5B's shape, random weights",
-            "",
-            *export_shape(arguments.shape, arguments.threads),
-        ]
-    if arguments.page:
-        write_page("formats", lines)
-    else:
-        print("\n".join(lines))
+    parser.add_argument("what", choices=["runs", "shape", "page"])
+    what = parser.parse_args().what
+    {"runs": run_all, "shape": export_shape, "page": write_formats_page}[what]()
 
 
 if __name__ == "__main__":
