@@ -45,7 +45,7 @@ RUNS = {
         "SmolLM2 135M with 24 of 30 layers and the tokens of its task, the same rows",
         "runs/demo.yaml", "benchmarks/formats/small.yaml",
     ),
-    "demo-gemma": ("Gemma 3 270M, the same rows", "runs/demo.yaml", "benchmarks/formats/gemma.yaml"),
+    "demo-gemma": ("Gemma 3 270M, 200 of the same rows", "runs/demo.yaml", "benchmarks/formats/gemma.yaml"),
     "chnsenticorp": ("A base of 12.6 M parameters, 1,200 rows of ChnSentiCorp", "benchmarks/chnsenticorp.yaml"),
 }  # fmt: skip
 FROM = "merged"  # the first stage of a table
