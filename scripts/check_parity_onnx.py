@@ -56,8 +56,9 @@ def check_parity_onnx(a: argparse.Namespace) -> None:
     records = {record["id"]: record for record in read_records(a.records)}
     few = take_evenly(examples, PROMPTS_RENDERED)
     results = [
-        *check_folder(model, export, examples, answers),
-        check_template(model, export, exported.conversations(a.settings, task, few, records)),
+        *check_folder(
+            model, export, examples, answers, exported.conversations(a.settings, task, few, records)
+        ),
         *check_computed(model, export, examples, answers, a.threads),
     ]
     require_passed(results, export, model)
@@ -65,25 +66,24 @@ def check_parity_onnx(a: argparse.Namespace) -> None:
 
 
 def check_folder(
-    model: Path, export: Path, examples: Sequence[Example], answers: list[list[int]]
+    model: Path,
+    export: Path,
+    examples: Sequence[Example],
+    answers: list[list[int]],
+    asked: Sequence[tuple[Sequence[Message], str]],
 ) -> list[Result]:
-    """Run the checks for which nothing is computed."""
+    """Run the checks for which nothing is computed.
+
+    What a program sends, `asked`, is to become the trained prompt in onnxruntime-genai's engine too.
+    """
     own = OnnxTokenizer(export)
+    template = (export / CHAT_TEMPLATE).read_text(encoding="utf-8")
     return [
         exported.check_token_ids("onnxruntime-genai", own.tokenize, examples),
         exported.check_stop_tokens(stop_tokens(export), {ids[-1] for ids in answers}),
         exported.misplaced_vectors(read_norms(export), model),
+        exported.check_chat_template(load_tokenizer(model), template, own.render, asked),
     ]
-
-
-def check_template(
-    model: Path, export: Path, asked: Sequence[tuple[Sequence[Message], str]]
-) -> Result:
-    """Have what a program sends become the trained prompt, in onnxruntime-genai's engine too."""
-    template = (export / CHAT_TEMPLATE).read_text(encoding="utf-8")
-    return exported.check_chat_template(
-        load_tokenizer(model), template, OnnxTokenizer(export).render, asked
-    )
 
 
 def check_computed(

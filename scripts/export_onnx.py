@@ -21,7 +21,8 @@ import torch
 
 from pockettune.common import program
 from pockettune.common.errors import UserError
-from pockettune.common.extras import use_extra
+from pockettune.common.extras import as_numbers, use_extra
+from pockettune.common.formats import BITS
 from pockettune.data.chat import end_of_answer
 from pockettune.data.serving import context_tokens
 from pockettune.data.task_template import find_frame, write_template
@@ -32,7 +33,6 @@ from pockettune.runtimes.onnx import (
     CONFIG,
     MADE,
     WEIGHTS,
-    as_numbers,
     import_genai,
     stop_tokens,
 )
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 # The oldest ONNX Runtime that was seen to load what this exporter writes, of all types; 1.22.1 refuses it.
 NEEDS = "1.23.2"
 LEAST_CONTEXT = 1024
-BITS = {"fp32": 32, "int8": 8, "int4": 4}  # of a weight, at least
 
 
 def export_onnx(settings: Mapping[str, Any], model: Path, threads: int, output: Path) -> None:

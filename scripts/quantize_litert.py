@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from pockettune.common import program
+from pockettune.common.formats import BITS
 from pockettune.litert.bundles import make_serving, write_bundle
 from pockettune.litert.files import describe_file, lift_zero_scales
-from pockettune.litert.quantizing import BITS, quantize
+from pockettune.litert.quantizing import quantize
 from pockettune.models.folder import count_parameters
 
 

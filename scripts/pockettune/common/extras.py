@@ -5,6 +5,7 @@ rules' environments, the packages are importable as they are.
 """
 
 import importlib.util
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -41,6 +42,11 @@ def missing_extras(names: Iterable[str], root: Path = ROOT) -> list[str]:
     ]
 
 
+def tell_missing(names: Iterable[str]) -> str:
+    """Return what is said of formats whose packages are nowhere."""
+    return f"format {' and '.join(names)}: the packages that make and run such files are not here"
+
+
 def install_command(names: Iterable[str]) -> str:
     """Return what installs the packages of formats."""
     return " && ".join(f"make {name}" for name in names)
@@ -50,6 +56,10 @@ def check_extras(names: Iterable[str], root: Path = ROOT) -> None:
     """Raise UserError naming the formats whose packages are nowhere, and the commands that install them."""
     if missing := missing_extras(names, root):
         raise UserError(
-            f"format {' and '.join(missing)}: the packages that make and run such files are not here;"
-            f" install them: {install_command(missing)} (docs/formats.md)"
+            f"{tell_missing(missing)}; install them: {install_command(missing)} (docs/formats.md)"
         )
+
+
+def as_numbers(version: str) -> tuple[int, ...]:
+    """Return a version as numbers, which compare as versions do."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])

@@ -11,6 +11,8 @@ SUFFIX = {GGUF: ".gguf", ONNX: ".onnx", LITERT: ".tflite"}
 BUNDLE = ".litertlm"
 # Bytes of a .tflite file: the offsets in it are of 32 bits. Its float rung is the largest.
 LARGEST_TFLITE = 2**31 - 1
+# Of a weight, at least, by the recipe's type.
+BITS = {"fp32": 32, "int8": 8, "int4": 4, "dynamic_wi8_afp32": 8, "dynamic_wi4b32_afp32": 4}
 # Those that another exporter makes of the merged model, and another runtime computes.
 FOREIGN = (ONNX, LITERT)
 

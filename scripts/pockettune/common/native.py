@@ -10,7 +10,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import resource_tracker
+from pathlib import Path
 from typing import Any
+
+from pockettune.common.disk import is_disk_full
+from pockettune.common.errors import UserError
 
 
 @contextlib.contextmanager
@@ -68,6 +72,24 @@ def run_apart(name: str, function: Callable[..., None], *arguments: Any) -> None
             pool.submit(function, *arguments).result()
         except BrokenProcessPool as error:
             raise ChildProcessError("its process ended in mid-work") from error
+
+
+def run_library(
+    name: str, source: str, place: Path, function: Callable[..., None], *arguments: Any
+) -> None:
+    """Run a function apart, by which the library `name` writes at `place` what it makes of `source`.
+
+    UserError where the library ended its process; a ChildProcessError at a full disk, for tell_full_disk.
+    """
+    try:
+        run_apart(name, function, *arguments)
+    except ChildProcessError as error:
+        if is_disk_full(error, place):
+            raise
+        raise UserError(
+            f"{source}: {name} ended in mid-work; its last words are in the log, and where it has none,"
+            " memory was short: see make doctor"
+        ) from error
 
 
 def _end_with_parent() -> None:

@@ -17,7 +17,7 @@ from unittest import mock
 from pockettune.common import program
 from pockettune.common.checksums import sha256
 from pockettune.common.errors import UserError
-from pockettune.common.extras import use_extra
+from pockettune.common.extras import as_numbers, use_extra
 from pockettune.common.native import output_in_log
 from pockettune.data.chat import added_bos, render_chat
 from pockettune.data.serving import context_tokens
@@ -217,12 +217,8 @@ def check_runtime(path: Path) -> None:
             f"{path} is not a .litertlm file: {error}; remove it and run again"
         ) from error
     here = version("litert-lm-api")
-    if parts(here) < parts(least):
+    if as_numbers(here) < as_numbers(least):
         raise UserError(
             f"{path} asks for LiteRT-LM {least} or later, here is {here}: run make litert, or in an app take a"
             " newer one"
         )
-
-
-def parts(number: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in number.split(".") if part.isdigit())

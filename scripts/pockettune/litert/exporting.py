@@ -7,10 +7,10 @@ import types
 from pathlib import Path
 
 from pockettune.common import program
-from pockettune.common.disk import is_disk_full, tell_full_disk
+from pockettune.common.disk import tell_full_disk
 from pockettune.common.errors import UserError
 from pockettune.common.extras import use_extra
-from pockettune.common.native import run_apart
+from pockettune.common.native import run_library
 
 # Tokens that a prompt is computed in at a time. One length: each would be a graph of its own, and a
 # quantized table is stored once for each graph that looks tokens up in it otherwise than the head reads it.
@@ -53,15 +53,8 @@ def export_float(model: Path, capacity: int, threads: int, needed: int, output: 
         ) as work,
         tell_full_disk(output, Path(work), needed),  # while what was written is there
     ):
-        try:
-            run_apart("litert-torch", run_exporter, model, capacity, threads, Path(work))
-        except ChildProcessError as error:
-            if is_disk_full(error, Path(work)):
-                raise
-            raise UserError(
-                f"model {model}: litert-torch ended in mid-work; its last words are in the log, and where it has"
-                " none, memory was short: see make doctor"
-            ) from error
+        into = Path(work)
+        run_library("litert-torch", f"model {model}", into, run_exporter, model, capacity, threads, into)  # fmt: skip
         Path(work, "model.tflite").replace(partial)
 
 

@@ -4,13 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pockettune.common.disk import is_disk_full
-from pockettune.common.errors import UserError
 from pockettune.common.extras import use_extra
-from pockettune.common.native import run_apart
+from pockettune.common.native import run_library
 
-# Of a weight, at least.
-BITS = {"dynamic_wi8_afp32": 8, "dynamic_wi4b32_afp32": 4}
 # The output of the head in the exporter's decode signature.
 HEAD = "logits"
 
@@ -21,15 +17,7 @@ def quantize(source: Path, kind: str, output: Path) -> None:
     In a process of its own: it writes into a map of the file, where a full disk ends the process (SIGBUS).
     """
     use_extra("litert")
-    try:
-        run_apart("ai-edge-quantizer", _quantize, source, kind, output)
-    except ChildProcessError as error:
-        if is_disk_full(error, output):
-            raise
-        raise UserError(
-            f"{source}: ai-edge-quantizer ended in mid-work; where the log has no last words of it, memory was"
-            " short: see make doctor"
-        ) from error
+    run_library("ai-edge-quantizer", str(source), output, _quantize, source, kind, output)
 
 
 def _quantize(source: Path, kind: str, output: Path) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from pockettune.common.formats import GGUF, LITERT, ONNX
+from pockettune.common.formats import BITS, GGUF, LITERT, ONNX
 from pockettune.machine.quantized import tensor_bytes
 from pockettune.machine.shape import Shape
 
@@ -28,7 +28,7 @@ def file_bytes(shape: Shape, recipe: Mapping[str, Any]) -> int | None:
 
 def onnx_bytes(shape: Shape, recipe: Mapping[str, Any]) -> int:
     """Return the bytes of onnxruntime-genai's builder (0.18.0): a table of tokens that is not the head is in fp32."""
-    bits = {"int4": 4, "int8": 8}[recipe["type"]] + SCALE / recipe["block"]
+    bits = BITS[recipe["type"]] + SCALE / recipe["block"]
     mixed = recipe.get("algorithm") == "k_quant_mixed"
     tied = shape.find("lm_head") is None
     total = 0.0

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-from pockettune.common.extras import install_command, missing_extras
+from pockettune.common.extras import install_command, missing_extras, tell_missing
 from pockettune.common.formats import FOREIGN, variants_of
 from pockettune.machine.findings import Finding, judge
 from pockettune.machine.run import Run
@@ -92,8 +92,7 @@ def check_extra_packages(run: Run) -> list[Finding]:
     if run.uses_conda or not kinds:
         return [Finding("formats", "ok", "no packages needed beside those")]
     if missing := missing_extras(kinds, run.root):
-        told = f"format {' and '.join(missing)}: the packages that make and run such files are not here"
-        return [Finding("formats", "problem", told, install_command(missing))]
+        return [Finding("formats", "problem", tell_missing(missing), install_command(missing))]
     return [Finding("formats", "ok", f"packages of {', '.join(kinds)} are here")]
 
 

@@ -5,7 +5,6 @@ ONNX Runtime's GroupQueryAttention takes no batch behind keys and values that ar
 """
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pockettune.common.errors import UserError
-from pockettune.common.extras import use_extra
+from pockettune.common.extras import as_numbers, use_extra
 from pockettune.common.program import read_json
 from pockettune.runtimes.batching import common_prefix
 
@@ -167,11 +166,6 @@ def check_runtime(folder: Path, version: str) -> None:
             f"{folder}: made for ONNX Runtime {needed} or newer, this one is {version}, which lacks its"
             " operators; update onnxruntime (make onnx), on a phone the app's runtime"
         )
-
-
-def as_numbers(version: str) -> tuple[int, ...]:
-    """Return a version as numbers, which compare as versions do."""
-    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 
 
 def describe_folder(folder: Path) -> dict[str, Any]:
