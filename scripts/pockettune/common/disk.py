@@ -39,8 +39,6 @@ def tell_full_disk(output: Path, partial: Path, needed: int | None = None) -> It
     """
     try:
         yield
-    except DiskFullError:  # told where it happened
-        raise
     except Exception as error:
         if not is_disk_full(error, partial):
             raise

@@ -2,12 +2,10 @@
 
 import os
 import sys
-import tempfile
 import types
 from pathlib import Path
 
 from pockettune.common import program
-from pockettune.common.disk import tell_full_disk
 from pockettune.common.errors import UserError
 from pockettune.common.extras import use_extra
 from pockettune.common.native import run_library
@@ -44,18 +42,13 @@ def export_float(model: Path, capacity: int, threads: int, needed: int, output: 
     """
     # Nothing is fetched: the folder has all.
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    # The folder's name is one that the next `staged` clears, should this process be killed.
-    with (
-        program.staged(output, needed) as partial,
-        tempfile.TemporaryDirectory(
-            dir=output.parent, prefix=f".{output.name}.", suffix=".partial"
-        ) as work,
-        tell_full_disk(output, Path(work), needed),  # while what was written is there
-    ):
-        into = Path(work)
-        run_library("litert-torch", f"model {model}", into, run_exporter, model, capacity, threads, into)  # fmt: skip
-        Path(work, "model.tflite").replace(partial)
+    with program.staged(output, needed) as partial:
+        partial.mkdir()  # it writes more than the file
+        run_library("litert-torch", f"model {model}", partial, run_exporter, model, capacity, threads, partial)  # fmt: skip
+        # A name that the next `staged` clears too, should this process be killed here.
+        made = (partial / "model.tflite").rename(partial.with_suffix(".file.partial"))
+        program.remove(partial)
+        made.rename(partial)
 
 
 def run_exporter(model: Path, capacity: int, threads: int, work: Path) -> None:
